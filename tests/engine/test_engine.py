@@ -1,0 +1,142 @@
+"""The engine thread with runners that are really run."""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from app.engine import FRAME_SAMPLES, Engine, EngineFault, EngineFull, Lease, Role, Spoken
+from app.engine.contract import Pcm
+from app.engine.echo import EchoRunner
+
+ROLE = Role("operator", "You work for a shop.")
+Said = queue.Queue[tuple[Lease, Spoken]]
+
+
+def frame(value: float) -> Pcm:
+    return np.full(FRAME_SAMPLES, value, np.float32)
+
+
+def running(runner: EchoRunner, said: Said) -> Engine:
+    engine = Engine(runner, lambda batch: [said.put(item) for item in batch] and None)
+    engine.start()
+    return engine
+
+
+def ready(engine: Engine) -> bool:
+    deadline = threading.Event()
+    for _ in range(500):
+        if engine.ready or engine.fault is not None:
+            return engine.ready
+        deadline.wait(0.01)
+    return False
+
+
+@pytest.fixture
+def said() -> Said:
+    return queue.Queue()
+
+
+@pytest.fixture
+def engine(said: Said) -> Iterator[Engine]:
+    engine = running(EchoRunner(rows=2), said)
+    assert ready(engine)
+    yield engine
+    engine.close()
+
+
+def test_for_each_frame_heard_one_frame_is_spoken(engine: Engine, said: Said) -> None:
+    lease = engine.lease(ROLE)
+    for value in (0.1, 0.2, 0.3):
+        engine.push(lease, frame(value))
+
+    spoken = [said.get(timeout=5)[1].pcm[0] for _ in range(3)]
+
+    assert spoken == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_two_callers_never_hear_each_other(engine: Engine, said: Said) -> None:
+    leases = [engine.lease(ROLE), engine.lease(ROLE)]
+    for _ in range(3):
+        for number, lease in enumerate(leases):
+            engine.push(lease, frame(0.25 + number))
+
+    heard = [said.get(timeout=5) for _ in range(6)]
+
+    assert {lease: {float(spoken.pcm[0]) for owner, spoken in heard if owner == lease} for lease in leases} == {
+        leases[0]: {0.25},
+        leases[1]: {1.25},
+    }
+
+
+def test_nobody_gets_a_row_before_the_models_are_loaded(said: Said) -> None:
+    loading = threading.Event()
+
+    class Slow(EchoRunner):
+        def warm_up(self, roles: Sequence[Role]) -> None:
+            loading.wait(10)
+
+    engine = running(Slow(rows=1), said)
+    with pytest.raises(EngineFull, match="not ready"):
+        engine.lease(ROLE)
+    loading.set()
+
+    assert ready(engine)
+    engine.close()
+
+
+def test_an_engine_that_cannot_start_says_why_and_takes_no_calls(said: Said) -> None:
+    class Broken(EchoRunner):
+        def warm_up(self, roles: Sequence[Role]) -> None:
+            raise EngineFault("CASCADE_LLM: /no/such.gguf is not there")
+
+    engine = running(Broken(rows=1), said)
+
+    assert not ready(engine)
+    assert "no/such.gguf" in str(engine.fault)
+    with pytest.raises(EngineFull):
+        engine.lease(ROLE)
+    engine.close()
+
+
+def test_a_runner_that_fails_in_mid_call_is_told_to_everybody(said: Said, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(EchoRunner):
+        def step(self, pcm: Pcm, active: NDArray[np.bool_]) -> list[Spoken | None]:
+            raise RuntimeError("device lost")
+
+    engine = running(Failing(rows=1), said)
+    assert ready(engine)
+    engine.push(engine.lease(ROLE), frame(0.1))
+    engine._thread.join(5)
+
+    assert isinstance(engine.fault, RuntimeError)
+    assert not engine.ready
+    assert "device lost" in caplog.text
+
+
+def test_a_row_is_left_before_it_is_joined_again(said: Said) -> None:
+    happened: list[str] = []
+
+    class Watched(EchoRunner):
+        def join(self, row: int, role: Role) -> None:
+            happened.append(f"join {role.name}")
+
+        def leave(self, row: int) -> None:
+            happened.append("leave")
+
+    engine = running(Watched(rows=1), said)
+    assert ready(engine)
+    engine.release(engine.lease(Role("first", "")))
+    lease = engine.lease(Role("second", ""))
+    engine.push(lease, frame(0.5))
+    said.get(timeout=5)
+
+    assert happened == ["join first", "leave", "join second"]
+    engine.close()
+
+
+def test_the_next_tick_is_never_further_than_one_beat(engine: Engine) -> None:
+    assert all(0 < engine.until_tick_s() <= 0.08 for _ in range(1000))
