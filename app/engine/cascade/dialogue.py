@@ -1,0 +1,180 @@
+"""One row's conversation: when to think, when to speak, when to stop, and what was said on both sides."""
+
+from concurrent.futures import Future
+from pathlib import Path
+
+from app.engine.cascade.ears import Ears
+from app.engine.cascade.llm import Message
+from app.engine.cascade.mind import Answer, Mind
+from app.engine.cascade.mouth import Mouth
+from app.engine.cascade.prompt import opening
+from app.engine.cascade.words import endpoint_ms, is_backchannel, is_hum, takes_the_turn, words_of
+from app.engine.contract import Heard, Pcm, Role, Spoken
+
+_EARLY_MS = 160
+"""Silence after which the reply is prepared, to be dropped if the caller goes on."""
+_SHORTEST_MS = 220
+"""Less speech than this is not worth the recogniser's guess."""
+_OVERLAP_ENDS_MS = 480
+_PARTIAL_EVERY_MS = 900
+_KEPT_MESSAGES = 40
+
+
+class Dialogue:
+    """Engine thread only; nothing here waits for a model."""
+
+    def __init__(self, row: int, role: Role, mind: Mind, vad: Path | None = None) -> None:
+        self._row = row
+        self._mind = mind
+        self._ears = Ears(vad)
+        self._mouth = Mouth()
+        self._opening = opening(role)
+        self._history: list[Message] = list(self._opening)
+        self._answer: Answer | None = None
+        self._before = ""
+        self._began_ms: int | None = None
+        self._last_began_ms: int | None = None
+        self._partial: Future[str] | None = None
+        self._partial_ms = 0
+        self._partials: list[str] = []
+        self._utterance = 0
+        self._heard: list[Heard] = []
+        self._mind.read(row, self._history)
+        if role.greeting:
+            self._history.pop()
+            self._mouth.play(mind.say(role.greeting))
+
+    def frame(self, pcm: Pcm) -> Spoken:
+        """Hear one frame, say one."""
+        self._ears.hear(pcm)
+        self._heard.clear()
+        stopped = None
+        if self._mouth.busy:
+            stopped = self._overlap()
+        else:
+            self._turn()
+        if stopped is not None:
+            self._remember(f"{self._mouth.said.strip()} ...")
+            return Spoken(stopped, "", ends=True, interrupted=True, heard=tuple(self._heard))
+        speech, text, ends = self._mouth.next()
+        if ends:
+            self._remember(self._mouth.said.strip())
+        return Spoken(speech, text, ends, heard=tuple(self._heard))
+
+    def close(self) -> None:
+        self._drop_answer()
+
+    def _turn(self) -> None:
+        """The agent is silent: wait for the caller's words and for the end of them."""
+        ears = self._ears
+        if not ears.has_speech:
+            return
+        if ears.silence_ms < _EARLY_MS:
+            self._drop_answer()
+            self._show_partial()
+            return
+        if self._answer is None:
+            self._answer = self._mind.answer(self._row, self._history, self._before, ears.utterance())
+        text = self._answer.text
+        if text is not None and ears.silence_ms >= endpoint_ms(text):
+            self._commit(self._answer, text)
+
+    def _commit(self, answer: Answer, text: str) -> None:
+        """The caller has finished: what was prepared becomes the reply."""
+        hummed = self._hummed()
+        if words_of(text):
+            self._hear("Mm-hmm." if hummed else text, final=True)
+        if not words_of(text) or ((hummed or is_backchannel(text)) and not self._asked()):
+            self._drop_answer()
+        else:
+            self._history.append({"role": "user", "content": text})
+            self._mouth.play(answer)
+        self._listen_anew()
+
+    def _overlap(self) -> Pcm | None:
+        """The agent has the turn. The last frame of its speech if the caller takes it, else None."""
+        ears = self._ears
+        if not ears.has_speech:
+            return None
+        if not self._mouth.started and self._history[-1]["role"] == "user":
+            self._take_back()
+            return None
+        if (text := self._next_partial(0)) is None:
+            return None
+        self._partials.append(text)
+        if ears.silence_ms >= _OVERLAP_ENDS_MS:
+            return self._overlap_ended(text)
+        return self._stop() if takes_the_turn(self._partials, ears.speech_ms) and not self._hummed() else None
+
+    def _overlap_ended(self, text: str) -> Pcm | None:
+        """Said and done while the agent spoke: words are answered, a backchannel is only noted."""
+        if words_of(text) and not is_backchannel(text) and not self._hummed():
+            return self._stop()
+        if words_of(text):
+            self._hear("Mm-hmm." if self._hummed() else text, final=True)
+        self._listen_anew()
+        return None
+
+    def _hummed(self) -> bool:
+        return is_hum(self._ears.utterance())
+
+    def _stop(self) -> Pcm:
+        self._drop_answer()
+        self._partials.clear()
+        return self._mouth.stop()
+
+    def _take_back(self) -> None:
+        """The caller went on before the reply was audible: their next words join the ones that were answered."""
+        self._before = self._history.pop()["content"]
+        self._began_ms = self._last_began_ms
+        self._utterance -= 1
+        self._drop_answer()
+        self._mouth.stop()
+
+    def _drop_answer(self) -> None:
+        if self._answer is not None:
+            self._answer.cancel()
+            self._answer = None
+
+    def _asked(self) -> bool:
+        """Whether the agent's last words want an answer, so that "yes" is one."""
+        return self._history[-1]["role"] == "assistant" and self._history[-1]["content"].rstrip().endswith("?")
+
+    def _show_partial(self) -> None:
+        text = self._next_partial(_PARTIAL_EVERY_MS)
+        if text:
+            self._hear(f"{self._before} {text}".strip(), final=False)
+
+    def _next_partial(self, every_ms: int) -> str | None:
+        """The words so far, when new ones are there; the recogniser is asked again once it is free."""
+        text = None
+        if self._partial is not None and self._partial.done():
+            text, self._partial = self._partial.result(), None
+        ears = self._ears
+        due = ears.heard_ms >= self._partial_ms + every_ms
+        if self._partial is None and due and ears.speech_ms >= _SHORTEST_MS:
+            self._partial, self._partial_ms = self._mind.recognise(ears.utterance()), ears.heard_ms
+        return text
+
+    def _hear(self, text: str, final: bool) -> None:
+        if self._began_ms is None:
+            self._began_ms = self._ears.began_ms or 0
+        ended_s = self._ears.ended_ms / 1000
+        self._heard.append(Heard(self._utterance, text, self._began_ms / 1000, ended_s, final))
+        self._utterance += final
+
+    def _listen_anew(self) -> None:
+        self._ears.forget()
+        self._partial = None
+        self._partials.clear()
+        self._before = ""
+        self._last_began_ms, self._began_ms = self._began_ms, None
+
+    def _remember(self, said: str) -> None:
+        """Keep the agent's words as they were heard; begin to forget the oldest turns of a very long call."""
+        self._answer = None
+        if said and said != "...":
+            self._history.append({"role": "assistant", "content": said})
+        if len(self._history) - len(self._opening) > _KEPT_MESSAGES:
+            self._history[len(self._opening) : -_KEPT_MESSAGES // 2] = []
+        self._mind.read(self._row, self._history)

@@ -1,0 +1,31 @@
+import pytest
+
+from app.engine.cascade.mind import Clauses
+
+
+def cut(text: str, pieces: int = 3) -> list[str]:
+    """Feed a text a few letters at a time, as a model makes it."""
+    clauses = Clauses()
+    out = [clause for start in range(0, len(text), pieces) for clause in clauses.add(text[start : start + pieces])]
+    return [*out, *([clauses.rest()] if clauses.rest() else [])]
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 7, 500])
+def test_a_text_is_cut_where_a_speaker_breathes_however_it_arrives(pieces: int) -> None:
+    said = cut("We are open every day from 9 am, Sundays too. Helmets are free.", pieces)
+
+    assert said == ["We are open every day from 9 am,", "Sundays too.", "Helmets are free."]
+
+
+def test_a_short_beginning_waits_for_more_words() -> None:
+    assert cut("Yes, we do.") == ["Yes, we do."]
+
+
+def test_points_in_numbers_and_titles_end_nothing() -> None:
+    assert cut("It is $12.50 at 14 Main St. near Dr. Smith.") == ["It is $12.50 at 14 Main St. near Dr. Smith."]
+
+
+def test_nothing_is_lost_between_the_pieces() -> None:
+    text = "First; second: third, and a fourth one is here. Fifth!"
+
+    assert " ".join(cut(text)) == text
