@@ -21,7 +21,11 @@ def frame(value: float) -> Pcm:
 
 
 def running(runner: EchoRunner, said: Said) -> Engine:
-    engine = Engine(runner, lambda batch: [said.put(item) for item in batch] and None)
+    def deliver(batch: Sequence[tuple[Lease, Spoken]]) -> None:
+        for item in batch:
+            said.put(item)
+
+    engine = Engine(runner, deliver)
     engine.start()
     return engine
 
