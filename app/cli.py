@@ -1,0 +1,117 @@
+"""The `personaline` command. Models and torch are imported inside the commands that need them, never here."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from app import __version__
+
+cli = typer.Typer(help="A full-duplex speech model on a phone number.", no_args_is_help=True, add_completion=False)
+download_cli = typer.Typer(help="Get the model files.", no_args_is_help=True)
+bench_cli = typer.Typer(help="Measure.", no_args_is_help=True)
+cli.add_typer(download_cli, name="download")
+cli.add_typer(bench_cli, name="bench")
+
+USERS_FAULT = 2
+
+
+def fail(message: object) -> NoReturn:
+    """Say in one line (or a line a fault) what is wrong, and stop with exit code 2."""
+    typer.secho(f"personaline: {message}", err=True, fg=typer.colors.RED)
+    raise typer.Exit(USERS_FAULT)
+
+
+@cli.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on; HOST otherwise.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; PORT otherwise.")] = None,
+) -> None:
+    """Answer calls."""
+    from app.engine import EngineFault
+    from app.model_files import ModelFileFault
+    from app.personas import PersonaFaults
+    from app.server import PortFault, run
+    from app.settings import SettingsFault, load_settings, misspelt
+    from app.store import StoreFault
+
+    try:
+        settings = load_settings(host=host, port=port)
+        start_log(settings.log_level)
+        for line in misspelt(os.environ):
+            logging.getLogger("personaline").warning(line)
+        run(settings)
+    except (SettingsFault, StoreFault, PersonaFaults, ModelFileFault, EngineFault, PortFault) as fault:
+        fail(fault)
+
+
+def start_log(level: str) -> None:
+    """One line an event, on standard error. Libraries are heard from warnings up."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr
+    )
+    for name in ("personaline", "uvicorn.error"):
+        logging.getLogger(name).setLevel(level.upper())
+
+
+@cli.command()
+def check(path: Annotated[Path | None, typer.Argument(help="A persona file or a folder of them.")] = None) -> None:
+    """Check persona files: every fault of every file, in one report."""
+    from app.personas import check as check_personas
+    from app.settings import SettingsFault, load_settings
+
+    try:
+        report = check_personas(path or load_settings().personas_dir)
+    except SettingsFault as fault:
+        fail(fault)
+    for line in report.lines():
+        typer.echo(line)
+    raise typer.Exit(USERS_FAULT if report.faults else 0)
+
+
+@cli.command()
+def version() -> None:
+    """Say which version this is."""
+    typer.echo(__version__)
+
+
+@download_cli.command("cascade")
+def download_cascade(
+    from_file: Annotated[Path | None, typer.Option(help="A copy that you have, for machines without network.")] = None,
+) -> None:
+    """Get the language model of the embedded engine (1.1 GB, once)."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from app import model_files
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()) as bar:
+        task = bar.add_task("language model", total=model_files.LLM.size_bytes)
+
+        def report(progress: model_files.Progress) -> None:
+            bar.update(task, completed=progress.done_bytes, total=progress.total_bytes, description=progress.stage)
+
+        try:
+            folder = model_files.models_folder()
+            if from_file is not None:
+                path = model_files.take_file(model_files.LLM, from_file, folder, report)
+            else:
+                path = model_files.download(model_files.LLM, folder, report)
+        except model_files.ModelFileFault as fault:
+            bar.stop()
+            fail(fault)
+    typer.echo(f"ready: {path}")
+
+
+def main() -> None:
+    """The entry point: Ctrl-C ends quietly."""
+    try:
+        cli()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

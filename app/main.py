@@ -1,0 +1,116 @@
+"""create_app: builds every object once, joins them, starts them in order and stops them in the reverse."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+
+from fastapi import FastAPI
+
+from app import __version__
+from app.api import Readiness, api_router, one_error_shape
+from app.calls import Calls, role_of
+from app.carriers import TwilioDoor, twilio_router
+from app.console.pages import console_router
+from app.engine import Engine, Role, Runner
+from app.engine.echo import EchoRunner
+from app.metrics import Metrics
+from app.model_files import llm_path
+from app.personas import PersonaFolder
+from app.settings import Settings
+from app.store import Store
+
+ECHO_ROWS = 200
+
+_log = logging.getLogger("personaline")
+
+
+def choose_engine(settings: Settings) -> tuple[str, Callable[[], Runner]]:
+    """The engine's name, and how to make its runner.
+
+    Raises ModelFileFault or EngineFault when what it needs is not there; the message says how to get it.
+    """
+    if settings.engine == "echo":
+        return "echo", lambda: EchoRunner(settings.rows or ECHO_ROWS)
+    from app.engine.cascade.parts import Parts, require_packages
+
+    require_packages()
+    parts = Parts(llm_path(settings.cascade_llm), settings.cascade_asr, settings.cascade_tts, settings.cascade_vad)
+
+    def make() -> Runner:
+        from app.engine.cascade.runner import CascadeRunner
+
+        return CascadeRunner(parts, settings.rows)
+
+    return "cascade", make
+
+
+class Service:
+    """Everything that runs, and whether it is ready for calls."""
+
+    def __init__(
+        self, store: Store, personas: PersonaFolder, engine_name: str, make_runner: Callable[[], Runner]
+    ) -> None:
+        self.store = store
+        self.personas = personas
+        self.engine_name = engine_name
+        self.metrics = Metrics()
+        self.calls = Calls(store, self.metrics, engine_name)
+        self.engine = Engine(make_runner(), self.calls.deliver, self._roles())
+
+        self._watching = asyncio.Event()
+        self._gauge()
+
+    def _roles(self) -> list[Role]:
+        return [role_of(persona) for persona in self.personas.current if not persona.required]
+
+    def _gauge(self) -> None:
+        self.metrics.rows.set(self.engine.capacity)
+        self.metrics.rows_in_use.set_function(lambda: self.engine.in_use)
+        self.metrics.live.set_function(lambda: self.calls.live)
+        self.metrics.store_queue.set_function(lambda: self.store.queued)
+
+    def readiness(self) -> Readiness:
+        """What keeps calls from being answered now; personas that could not be reloaded do not."""
+        engine = self.engine
+        return Readiness(
+            engine=self.engine_name,
+            engine_ready=engine.ready,
+            rows=engine.capacity,
+            rows_free=engine.capacity - engine.in_use,
+            store_fault=self.store.fault,
+            persona_faults=[str(fault) for fault in self.personas.faults],
+        )
+
+    @contextlib.asynccontextmanager
+    async def running(self, app: FastAPI) -> AsyncIterator[None]:
+        """The service's life. What was started first is stopped last."""
+        self.calls.start(self.engine)
+        self.engine.start()
+        watch = asyncio.create_task(self.personas.watch(self._watching), name="persona files")
+        try:
+            yield
+        finally:
+            await self.calls.close()
+            self._watching.set()
+            await watch
+            await asyncio.to_thread(self.engine.close)
+            await asyncio.to_thread(self.store.close)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The whole service. Opens the database and reads the personas now; the engine loads while it serves.
+
+    Raises StoreFault, PersonaFaults, ModelFileFault, EngineFault: each a user's to mend, each says how.
+    """
+    personas = PersonaFolder(settings.personas_dir)
+    name, make_runner = choose_engine(settings)
+    service = Service(Store.open(settings.database_url), personas, name, make_runner)
+    app = FastAPI(title="Personaline", version=__version__, lifespan=service.running, docs_url=None, redoc_url=None)
+    app.state.service = service
+    door = TwilioDoor(settings, service.calls, personas, service.store)
+    one_error_shape(app)
+    app.include_router(twilio_router(door))
+    app.include_router(api_router(service.store, service.readiness, service.metrics))
+    app.include_router(console_router(service.store))
+    return app

