@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import signal
 import socket
 
 import uvicorn
@@ -45,6 +46,9 @@ def run(settings: Settings) -> None:
     service = app.state.service
     _log.info("engine %s, %d calls at once; the page is at http://%s:%d/", service.engine_name,
               service.engine.capacity, settings.host, settings.port)  # fmt: skip
+    # uvicorn ends gracefully on SIGTERM and then raises it again, to the handler that was there before its own: with
+    # this one, a service that was asked to stop and did exits with 0.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     _Server(config, service.store.feed).run([listening])
 
 

@@ -32,7 +32,8 @@ class Line:
     would wait that much longer for the engine), and surplus is cut out of quiet packets until it is back on time.
 
     `lead_ms` (0 to 80) of silence goes before the first packet, so that the call's frames complete at the wanted phase
-    of the engine's beat; it may be set until then. All times are seconds of one monotonic clock. Not thread-safe: event loop only.
+    of the engine's beat; it may be set until then. All times are seconds of one monotonic clock. Not thread-safe:
+    event loop only.
 
     Counters, in milliseconds: `borrowed_ms` silence by our own clock, `filled_ms` silence for what the carrier lost,
     `skipped_ms` lost or overdue time that nothing was put in for, `dropped_ms` audio cut to get back on time;

@@ -12,6 +12,7 @@ MAY_IMPORT = {
     "telephony": {"telephony"},
     "app.engine": {"app.engine"},
     "app.store": {"app.store"},
+    "app.security": set(),
     "app.personas": {"app.strict_yaml"},
     "app.strict_yaml": set(),
     "app.lifecycle": set(),

@@ -13,10 +13,11 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def fault(**environment: str) -> str:
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SettingsFault) as caught:
+    with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        load_settings()
+        with pytest.raises(SettingsFault) as caught:
+            load_settings()
     return str(caught.value)
 
 

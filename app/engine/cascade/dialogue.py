@@ -13,10 +13,10 @@ from app.engine.contract import Heard, Pcm, Role, Spoken
 
 _EARLY_MS = 160
 """Silence after which the reply is prepared, to be dropped if the caller goes on."""
-_SHORTEST_MS = 220
+_SHORTEST_MS = 150
 """Less speech than this is not worth the recogniser's guess."""
 _OVERLAP_ENDS_MS = 480
-_PARTIAL_EVERY_MS = 900
+_PARTIAL_EVERY_MS = 880
 _KEPT_MESSAGES = 40
 
 
@@ -141,8 +141,7 @@ class Dialogue:
         return self._history[-1]["role"] == "assistant" and self._history[-1]["content"].rstrip().endswith("?")
 
     def _show_partial(self) -> None:
-        text = self._next_partial(_PARTIAL_EVERY_MS)
-        if text:
+        if text := self._next_partial(_PARTIAL_EVERY_MS):
             self._hear(f"{self._before} {text}".strip(), final=False)
 
     def _next_partial(self, every_ms: int) -> str | None:

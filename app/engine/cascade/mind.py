@@ -16,6 +16,8 @@ from app.engine.contract import Pcm
 
 _CLAUSE_END = re.compile(r"[.!?](?=\s|$)|[,;:](?=\s)")
 _SHORTEST_CLAUSE_WORDS = 5
+_PHRASE_START = re.compile(r"\s(?:and|at|because|between|but|for|from|in|next|on|or|until|which|with)\s")
+_SHORTEST_PHRASE_WORDS = 4
 _ABBREVIATION = re.compile(r"(?:\b[A-Za-z]|\b(?:Mr|Mrs|Ms|Dr|St|Ave|Rd|No|vs|approx))\.$")
 _APOLOGY = "I'm sorry, could you say that again?"
 
@@ -109,13 +111,32 @@ class Mind:
 
 
 class Clauses:
-    """Cuts a growing text where a speaker breathes: after a sentence, or after a comma once five words are there."""
+    """Cuts a growing text where a speaker breathes: after a sentence, or after a comma once five words are there.
+
+    The very first clause may be a phrase of four words or more, before "at", "from", "and": the caller hears the
+    answer begin some 400 ms sooner, and the rest is ready long before the phrase is over.
+    """
 
     def __init__(self) -> None:
         self._text = ""
+        self._begun = False
 
     def add(self, piece: str) -> list[str]:
         self._text += piece
+        clauses = self._clauses() or ([] if self._begun else self._phrase())
+        self._begun = self._begun or bool(clauses)
+        return clauses
+
+    def _phrase(self) -> list[str]:
+        match = _PHRASE_START.search(self._text)
+        while match and len(self._text[: match.start()].split()) < _SHORTEST_PHRASE_WORDS:
+            match = _PHRASE_START.search(self._text, match.end() - 1)
+        if match is None:
+            return []
+        phrase, self._text = self._text[: match.start()].strip(), self._text[match.start() :]
+        return [phrase]
+
+    def _clauses(self) -> list[str]:
         clauses, start = [], 0
         for match in _CLAUSE_END.finditer(self._text):
             clause = self._text[start : match.end()]

@@ -14,7 +14,8 @@ _GAIN = 1.8
 _CEILING = 0.9
 _QUIET = 0.004
 _EDGE = SAMPLE_RATE_HZ // 200
-_LEAD_S = 0.03
+_LEAD_S = 0.01
+_PHRASE_PAUSE_S = 0.02
 _PAUSE_S = {".": 0.24, "!": 0.24, "?": 0.24, ",": 0.12, ";": 0.16, ":": 0.16}
 
 
@@ -37,9 +38,11 @@ class Voice:
         self._lock = threading.Lock()
 
     def __call__(self, text: str) -> Speech:
+        """A clause, or a phrase that another one follows: without punctuation at its end its pitch stays up."""
+        pause_s = _PAUSE_S.get(text.rstrip()[-1:])
         with self._lock:
-            pcm = self._tts(spoken_form(text), seed=0)
-        pcm = _framed_by_silence(_limited(pcm * _GAIN), _PAUSE_S.get(text.rstrip()[-1:], 0.05))
+            pcm = self._tts(spoken_form(text) + ("" if pause_s else ","), seed=0)
+        pcm = _framed_by_silence(_limited(pcm * _GAIN), pause_s or _PHRASE_PAUSE_S)
         return Speech(pcm, _timed(text, len(pcm)))
 
 

@@ -14,8 +14,10 @@ _BACKCHANNELS = {
     "uh", "uhhuh", "uhuh", "um", "wow", "yeah", "yep", "yes", "you",
 }  # fmt: skip
 _HUMS = re.compile(r"m+h*|h+m+|m+-?h*m*|u+h+|a+h+|o+h+|mh+|mm-h.*|uh-h.*")
+_STOPS_AT_ONCE = {"wait", "stop"}
+"""No hum was ever recognised as one of these."""
 _STOPS = {
-    "wait", "stop", "no", "sorry", "hold", "hang", "excuse", "actually", "hello", "but", "pardon", "please", "listen",
+    "no", "sorry", "hold", "hang", "excuse", "actually", "hello", "but", "pardon", "please", "listen",
 }  # fmt: skip
 _QUESTIONS = {
     "how", "what", "what's", "when", "where", "where's", "who", "why", "which", "can", "could", "do", "does", "is",
@@ -54,10 +56,12 @@ def is_hum(pcm: Pcm) -> bool:
 def takes_the_turn(partials: Sequence[str], speech_ms: int) -> bool:
     """Whether a caller who speaks over the agent means to be heard now, by the last partial transcripts.
 
-    A partial of a quarter of a second is often wrong, so its first word must have been seen twice. Then one word
-    that means stop is enough, two with a question word, three of any kind; and a second of words that are not a
-    backchannel.
+    A partial of a quarter of a second is often wrong, so but for "wait" and "stop" its first word must have been
+    seen twice. Then one word that means stop is enough, two with a question word, three of any kind; and a second of
+    words that are not a backchannel.
     """
+    if partials and words_of(partials[-1])[:1] and words_of(partials[-1])[0] in _STOPS_AT_ONCE:
+        return True
     if len(partials) < 2:
         return False
     before, now = words_of(partials[-2]), words_of(partials[-1])

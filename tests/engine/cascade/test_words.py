@@ -14,9 +14,14 @@ def test_words_are_not_backchannels(text: str) -> None:
     assert not is_backchannel(text)
 
 
-def test_one_word_that_means_stop_takes_the_turn_once_it_was_seen_twice() -> None:
-    assert not takes_the_turn(["Wait,"], 300)
-    assert takes_the_turn(["Wait,", "Wait."], 400)
+def test_wait_and_stop_take_the_turn_at_once() -> None:
+    assert takes_the_turn(["Wait,"], 200)
+    assert takes_the_turn(["The.", "Stop."], 300)
+
+
+def test_another_word_that_means_stop_takes_the_turn_once_it_was_seen_twice() -> None:
+    assert not takes_the_turn(["Sorry,"], 300)
+    assert takes_the_turn(["Sorry,", "Sorry."], 400)
 
 
 def test_a_first_guess_that_changes_takes_nothing() -> None:
