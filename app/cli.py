@@ -1,5 +1,6 @@
 """The `personaline` command. Models and torch are imported inside the commands that need them, never here."""
 
+import asyncio
 import logging
 import os
 import sys
@@ -70,6 +71,78 @@ def check(path: Annotated[Path | None, typer.Argument(help="A persona file or a 
     for line in report.lines():
         typer.echo(line)
     raise typer.Exit(USERS_FAULT if report.faults else 0)
+
+
+@cli.command()
+def call(
+    wav: Annotated[list[Path], typer.Option(help="What to say; more than one are said in turn.")],
+    url: Annotated[str, typer.Option(help="The service, ws:// or wss://.")] = "ws://127.0.0.1:8000",
+    persona: Annotated[str, typer.Option(help="Who shall answer; the called number decides otherwise.")] = "",
+    out: Annotated[Path | None, typer.Option(help="A folder for call.wav and summary.json.")] = None,
+) -> None:
+    """Call a service as Twilio would, say recordings, and listen until the agent has finished.
+
+    Requests are signed with TWILIO_AUTH_TOKEN, for the address in PUBLIC_URL or else for --url.
+    """
+    from app.settings import SettingsFault, load_settings
+    from app.simulate.caller import OutFault, place_call
+    from app.simulate.twilio import CallFault
+    from app.simulate.wavs import WavFault
+
+    try:
+        settings = load_settings()
+        token = settings.twilio_auth_token
+        result = asyncio.run(
+            place_call(
+                url,
+                wav,
+                persona=persona,
+                token=token.get_secret_value() if token else "",
+                public_url=settings.public_url or "",
+                out=out,
+                progress=typer.echo,
+            )
+        )
+    except (SettingsFault, CallFault, WavFault, OutFault) as fault:
+        fail(fault)
+    raise typer.Exit(0 if all(turn.answered for turn in result.turns) else 1)
+
+
+@cli.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the recording, transcript and figures go.")] = Path("demo-out"),
+) -> None:
+    """Phone the service on this machine and talk with it: seven questions, an interruption, a backchannel."""
+    from app.demo import run_demo
+
+    raise typer.Exit(asyncio.run(run_demo(out)))
+
+
+@bench_cli.command("gateway")
+def bench_gateway(
+    calls: Annotated[str, typer.Option(help="How many calls at once, in turn.")] = "1,24,64,160",
+    seconds: Annotated[float, typer.Option(help="How long to measure each.")] = 20.0,
+) -> None:
+    """What the line alone costs: CPU seconds a call-minute with the echo engine."""
+    import tempfile
+
+    from app import bench
+    from app.simulate.service import ServiceFault
+    from app.simulate.twilio import CallFault
+
+    try:
+        counts = [int(count) for count in calls.split(",")]
+    except ValueError:
+        fail(f"--calls: found {calls!r}; numbers such as 1,24,64,160 are right")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            rows = asyncio.run(
+                bench.bench_gateway(counts, seconds, Path(folder), lambda text: typer.echo(text, err=True))
+            )
+        except (ServiceFault, CallFault) as fault:
+            fail(fault)
+    for line in bench.table(rows):
+        typer.echo(line)
 
 
 @cli.command()

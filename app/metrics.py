@@ -1,5 +1,7 @@
 """Every instrument of the service, with its unit and what it means. One registry for each Metrics: none is global."""
 
+import time
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
@@ -64,6 +66,9 @@ class Metrics:
             buckets=TICK_BUCKETS_S,
             registry=r,
         )
+
+        self.cpu = Gauge("personaline_process_cpu_seconds", "CPU time that this process has used.", registry=r)
+        self.cpu.set_function(time.process_time)
 
     def add_line(self, borrowed_ms: float, filled_ms: float, dropped_ms: float) -> None:
         """What one call's line had to mend."""

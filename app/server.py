@@ -1,6 +1,7 @@
 """The server process: one socket, one loop, and an end that closes the live pages before it waits for them."""
 
 import errno
+import gc
 import logging
 import signal
 import socket
@@ -49,7 +50,18 @@ def run(settings: Settings) -> None:
     # uvicorn ends gracefully on SIGTERM and then raises it again, to the handler that was there before its own: with
     # this one, a service that was asked to stop and did exits with 0.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
+    _calm_collector()
     _Server(config, service.store.feed).run([listening])
+
+
+def _calm_collector() -> None:
+    """What is loaded stays: leave it out of every collection, and collect the rest less often than every 700 objects.
+
+    160 calls make some 50,000 short-lived objects a second, none of them in a cycle.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -98,7 +98,7 @@ def test_a_persona_cannot_be_changed() -> None:
     host = load(host=persona("host")).default
 
     with pytest.raises(ValueError, match="frozen"):
-        host.voice = "NATM0"
+        host.voice = "NATM0"  # type: ignore[misc]
 
 
 def test_files_that_are_no_personas_are_left_alone() -> None:
