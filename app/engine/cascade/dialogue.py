@@ -11,13 +11,15 @@ from app.engine.cascade.prompt import opening
 from app.engine.cascade.words import endpoint_ms, is_backchannel, is_hum, takes_the_turn, words_of
 from app.engine.contract import Heard, Pcm, Role, Spoken
 
-_EARLY_MS = 160
+_EARLY_MS = 112
 """Silence after which the reply is prepared, to be dropped if the caller goes on."""
 _SHORTEST_MS = 150
 """Less speech than this is not worth the recogniser's guess."""
 _OVERLAP_ENDS_MS = 480
 _PARTIAL_EVERY_MS = 880
 _KEPT_MESSAGES = 40
+_NEXT: Message = {"role": "user", "content": ""}
+"""Read ahead of the caller's words: what any chat format puts before them need not be read again with them."""
 
 
 class Dialogue:
@@ -176,4 +178,4 @@ class Dialogue:
             self._history.append({"role": "assistant", "content": said})
         if len(self._history) - len(self._opening) > _KEPT_MESSAGES:
             self._history[len(self._opening) : -_KEPT_MESSAGES // 2] = []
-        self._mind.read(self._row, self._history)
+        self._mind.read(self._row, [*self._history, _NEXT])

@@ -17,16 +17,20 @@ def test_a_text_is_cut_where_a_speaker_breathes_however_it_arrives(pieces: int) 
     assert said == ["We rent bikes every single day,", "Sundays too.", "Helmets are free."]
 
 
-def test_a_short_beginning_waits_for_more_words() -> None:
+def test_a_short_beginning_waits_for_more_words_and_so_does_a_short_list() -> None:
     assert cut("Yes, we do.") == ["Yes, we do."]
+    assert cut("I'm sorry, we sell bikes, helmets, child seats and so on.")[1:] == [
+        "we sell bikes, helmets, child seats and so on."
+    ]
 
 
 def test_points_in_numbers_and_titles_end_nothing() -> None:
-    assert cut("It is $12.50, 14 Main St. near Dr. Smith.") == ["It is $12.50, 14 Main St. near Dr. Smith."]
+    assert cut("Go to 14 Main St. near Dr. Smith.") == ["Go to 14 Main St. near Dr. Smith."]
+    assert cut("That makes $12.50 altogether.") == ["That makes $12.50 altogether."]
 
 
 def test_the_first_phrase_need_not_wait_for_the_end_of_its_sentence() -> None:
-    assert cut("The shop is open from 9 am to 6 pm for all.") == ["The shop is open", "from 9 am to 6 pm for all."]
+    assert cut("The shop is open from 9 am to 6 pm.") == ["The shop is open", "from 9 am to 6 pm."]
     assert cut("It is for all.") == ["It is for all."]
 
 
