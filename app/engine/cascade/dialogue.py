@@ -1,6 +1,6 @@
 """One row's conversation: when to think, when to speak, when to stop, and what was said on both sides."""
 
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 from app.engine.cascade.ears import Ears
@@ -17,13 +17,16 @@ _SHORTEST_MS = 150
 """Less speech than this is not worth the recogniser's guess."""
 _OVERLAP_ENDS_MS = 480
 _PARTIAL_EVERY_MS = 880
+_OPENING_MS = 800
+_OPENING_WAIT_S = 0.03
+"""In the first words spoken over the agent, the one place where the beat waits: the agent stops a frame sooner."""
 _KEPT_MESSAGES = 40
 _NEXT: Message = {"role": "user", "content": ""}
 """Read ahead of the caller's words: what any chat format puts before them need not be read again with them."""
 
 
 class Dialogue:
-    """Engine thread only; nothing here waits for a model."""
+    """Engine thread only."""
 
     def __init__(self, row: int, role: Role, mind: Mind, vad: Path | None = None) -> None:
         self._row = row
@@ -101,7 +104,11 @@ class Dialogue:
         if not self._mouth.started and self._history[-1]["role"] == "user":
             self._take_back()
             return None
-        if (text := self._next_partial(0)) is None:
+        text = self._next_partial(0)
+        if text is None and self._partial is not None and ears.speech_ms < _OPENING_MS:
+            wait([self._partial], _OPENING_WAIT_S)
+            text = self._next_partial(0)
+        if text is None:
             return None
         self._partials.append(text)
         if ears.silence_ms >= _OVERLAP_ENDS_MS:

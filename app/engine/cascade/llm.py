@@ -13,7 +13,7 @@ Message = dict[str, str]
 
 _CONTEXT_TOKENS = 4096
 _CACHE_MIB = 1024
-_LONGEST_REPLY_TOKENS = 96
+_LONGEST_REPLY_TOKENS = 128
 
 
 class LanguageModel:
