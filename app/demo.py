@@ -92,7 +92,7 @@ SCRIPT = (
     Question(
         Say(_recording("unknown")),
         "Do you also sell kayaks?",
-        r"\b(sorry|don'?t|doesn'?t|not|check|unfortunately|no)\b",
+        r"^(?!.*\byes\b).*\b(sorry|don'?t|doesn'?t|not|check|unfortunately|no)\b",
         "that it does not, or does not know",
     ),
     Question(
@@ -126,7 +126,7 @@ async def run_demo(
     Leaves call.wav (caller left, agent right), transcript.json and summary.json in `out`, and the service's log and
     database. The service is stopped in any case; on SIGTERM too, which gives 143.
     """
-    screen = console or Console(highlight=False)
+    screen = console or Console(highlight=False, soft_wrap=True)
     task = asyncio.current_task()
     assert task is not None, "called from a coroutine"
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel, TERMINATED)
@@ -146,7 +146,7 @@ async def run_demo(
 async def _demonstrate(out: Path, engine: str, screen: Console, port: int | None) -> int:
     make_folder(out)
     async with trial_service(out, engine, port) as service, service.client() as http:
-        await service.until_ready(http, screen.print)
+        await service.until_ready(http, lambda told: screen.print(escape(told)))
         screen.print(f"The page with this call is at [bold]{service.url}/[/] for as long as it lasts.\n")
         result, lines = await _converse(service, http, screen)
     verdicts = judge(result, lines)
@@ -200,7 +200,7 @@ class Show:
             delay = f"  [dim](after {line.start_s - self._asked_s:.2f} s)[/]"
         self._asked_s = line.end_s if line.role == "caller" else None
         name = "[cyan]caller[/]" if line.role == "caller" else "[green]agent [/]"
-        self._screen.print(f"[dim]{line.start_s:7.2f} s[/]  {name}  {escape(line.text.strip())}{delay}", soft_wrap=True)
+        self._screen.print(f"[dim]{line.start_s:7.2f} s[/]  {name}  {escape(line.text.strip())}{delay}")
 
 
 async def _watch(http: httpx.AsyncClient, call_id: str, show: Show) -> None:

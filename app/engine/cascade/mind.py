@@ -56,27 +56,34 @@ class Mind:
         self._recogniser = recogniser
         self._model = model
         self._voice = voice
-        self._workers = ThreadPoolExecutor(max_workers=3 * rows, thread_name_prefix="mind")
+        # Apart, so that the recogniser never waits for a thread that is waiting for the model.
+        self._listeners = ThreadPoolExecutor(max_workers=rows, thread_name_prefix="recognise")
+        self._thinkers = ThreadPoolExecutor(max_workers=4 * rows, thread_name_prefix="think")
 
     def recognise(self, pcm: Pcm) -> "Future[str]":
-        return self._workers.submit(self._recogniser, pcm)
+        return self._listeners.submit(self._recogniser, pcm)
 
     def read(self, row: int, messages: Sequence[Message]) -> "Future[None]":
         """Get the row's memory ready for what the caller says next."""
-        return self._workers.submit(self._model.read, row, list(messages))
+        reading = self._thinkers.submit(self._model.read, row, list(messages))
+        reading.add_done_callback(_tell)
+        return reading
 
     def say(self, text: str) -> Answer:
         """Words that are known already."""
         answer = Answer()
         answer.text = ""
-        self._workers.submit(self._run, answer, lambda: answer.speech.append(self._voice(text)))
+        self._start(answer, lambda: answer.speech.append(self._voice(text)))
         return answer
 
     def answer(self, row: int, history: Sequence[Message], before: str, pcm: Pcm) -> Answer:
         """Recognise `pcm`, put `before` in front of it, and reply to the whole, clause by clause."""
         answer, messages = Answer(), list(history)
-        self._workers.submit(self._run, answer, lambda: self._reply(answer, row, messages, before, pcm))
+        self._start(answer, lambda: self._reply(answer, row, messages, before, pcm))
         return answer
+
+    def _start(self, answer: Answer, work: Callable[[], None]) -> None:
+        self._thinkers.submit(self._run, answer, work).add_done_callback(_tell)
 
     def _run(self, answer: Answer, work: Callable[[], None]) -> None:
         try:
@@ -86,6 +93,8 @@ class Mind:
             answer.text = answer.text or "..."
             answer.speech.append(self._voice(_APOLOGY))
         finally:
+            # Whatever happened, the caller's turn must be able to end.
+            answer.text = answer.text or ""
             answer.finish()
 
     def _reply(self, answer: Answer, row: int, messages: list[Message], before: str, pcm: Pcm) -> None:
@@ -106,9 +115,16 @@ class Mind:
             answer.speech.append(self._voice(rest))
 
     def close(self) -> None:
-        self._workers.shutdown(wait=True, cancel_futures=True)
+        self._listeners.shutdown(wait=True, cancel_futures=True)
+        self._thinkers.shutdown(wait=True, cancel_futures=True)
         self._model.close()
         self._recogniser.close()
+
+
+def _tell(work: "Future[None]") -> None:
+    """A worker's unexpected end is nobody's to wait for, but it must not be lost."""
+    if not work.cancelled() and (error := work.exception()) is not None:
+        _log.error("a worker of the embedded engine failed", exc_info=error)
 
 
 class Clauses:
