@@ -92,8 +92,8 @@ SCRIPT = (
     Question(
         Say(_recording("unknown")),
         "Do you also sell kayaks?",
-        r"^(?!.*\byes\b).*\b(sorry|don'?t|doesn'?t|not|check|unfortunately|no)\b",
-        "that it does not, or does not know",
+        r"^(?!.*\b(yes|we sell)\b).*\b(sorry|(don'?t|do not) (have|know)|not sure)\b",
+        "that it has no information on this",
     ),
     Question(
         Say(_recording("everything")),

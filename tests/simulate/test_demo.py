@@ -100,9 +100,16 @@ def test_an_answer_may_be_worded_in_any_way(answer: str) -> None:
     assert faults(a_call(), lines_with(hours=answer)) == {}
 
 
-@pytest.mark.parametrize("answer", ["I don\u2019t have that information.", "Unfortunately not.", "Let me check that."])
+@pytest.mark.parametrize(
+    "answer", ["I don\u2019t have that information.", "Sorry, that I do not know.", "I am not sure about that."]
+)
 def test_owning_up_to_not_knowing_is_right_in_any_words(answer: str) -> None:
     assert faults(a_call(), lines_with(unknown=answer)) == {}
+
+
+@pytest.mark.parametrize("answer", ["No, we do not.", "Yes, for $40 a day.", "Sorry, we sell only one."])
+def test_inventing_is_wrong_whether_it_says_yes_or_no(answer: str) -> None:
+    assert set(faults(a_call(), lines_with(unknown=answer))) == {"unknown"}
 
 
 def test_silence_is_no_answer() -> None:

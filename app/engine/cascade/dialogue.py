@@ -16,9 +16,9 @@ _EARLY_MS = 112
 _SHORTEST_MS = 150
 """Less speech than this is not worth the recogniser's guess."""
 _OVERLAP_ENDS_MS = 480
-_PARTIAL_EVERY_MS = 880
+_PARTIAL_EVERY_MS = 1_040
 _OPENING_MS = 800
-_OPENING_WAIT_S = 0.03
+_OPENING_WAIT_S = 0.045
 """In the first words spoken over the agent, the one place where the beat waits: the agent stops a frame sooner."""
 _KEPT_MESSAGES = 40
 _NEXT: Message = {"role": "user", "content": ""}

@@ -15,10 +15,10 @@ from app.engine.cascade.tts import Speech, Voice
 from app.engine.contract import Pcm
 
 _CLAUSE_END = re.compile(r"[.!?](?=\s|$)|[,;:](?=\s)")
-_SHORTEST_CLAUSE_WORDS = 5
-_SHORTEST_FIRST_WORDS = 2
+_SHORTEST_CLAUSE_WORDS = 4
+_SHORTEST_FIRST_LETTERS = 6
 _PHRASE_START = re.compile(r"\s(?:and|are|at|because|but|costs?|for|from|in|is|on|or|until|which|with)\s")
-_SHORTEST_PHRASE_LETTERS = 15
+_SHORTEST_PHRASE_LETTERS = 11
 _ABBREVIATION = re.compile(r"(?:\b[A-Za-z]|\b(?:Mr|Mrs|Ms|Dr|St|Ave|Rd|No|vs|approx))\.$")
 _APOLOGY = "I'm sorry, could you say that again?"
 
@@ -128,9 +128,9 @@ def _tell(work: "Future[None]") -> None:
 
 
 class Clauses:
-    """Cuts a growing text where a speaker breathes: after a sentence, or after a comma once five words are there.
+    """Cuts a growing text where a speaker breathes: after a sentence, or after a comma once four words are there.
 
-    The very first clause may be short ("I'm sorry,") or a phrase of fifteen letters or more, before "at" or "costs":
+    The very first clause may be short ("I'm sorry,") or a phrase of eleven letters or more, before "at" or "costs":
     the caller hears the answer begin some 400 ms sooner, and the rest is ready before the phrase is over.
     """
 
@@ -159,8 +159,9 @@ class Clauses:
             clause = self._text[start : match.end()]
             if match.end() == len(self._text) or _ABBREVIATION.search(clause):
                 continue
-            shortest = _SHORTEST_CLAUSE_WORDS if self._begun else _SHORTEST_FIRST_WORDS
-            if match[0] in ".!?" or len(clause.split()) >= shortest:
+            short = len(clause.split()) < _SHORTEST_CLAUSE_WORDS
+            first = not self._begun and len(clause) >= _SHORTEST_FIRST_LETTERS
+            if match[0] in ".!?" or first or not short:
                 clauses.append(clause.strip())
                 start = match.end()
         self._text = self._text[start:]
