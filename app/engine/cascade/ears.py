@@ -85,9 +85,12 @@ class Ears:
         keep_ms = _LONGEST_MS if self.has_speech else _BEFORE_MS
         del self._audio[: max(0, len(self._audio) - keep_ms // _WINDOW_MS)]
 
-    def utterance(self) -> Pcm:
+    def utterance(self, before_ms: int = _BEFORE_MS) -> Pcm:
         """The caller's words so far with what came just before, float32 [n] at 16 kHz, at most 30 s."""
-        return np.concatenate(self._audio) if self._audio else np.zeros(0, np.float32)
+        if self.began_ms is None or not self._audio:
+            return np.zeros(0, np.float32)
+        windows = (self.heard_ms - self.began_ms + before_ms) // _WINDOW_MS
+        return np.concatenate(self._audio[-windows:])
 
     def forget(self) -> None:
         """Begin to wait for the next utterance; this one has been dealt with."""
