@@ -122,7 +122,7 @@ async def test_a_caller_too_many_is_told_busy_and_the_first_goes_on(tmp_path: Pa
         with pytest.raises(CallRejected, match="busy"):
             await FakeTwilio(service.url, token=service.token).dial()
         async with soon(20):
-            while not any(np.abs(g711.decode(bytes(calls[0].playback.lane))) > 0.05):
+            while not (np.abs(g711.decode(calls[0].playback.lane)) > 0.05).any():
                 await asyncio.sleep(0.1)
         for call in calls:
             await call.hang_up()
