@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import wave
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +34,9 @@ def model() -> None:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     out = tmp_path_factory.mktemp("demo")
-    yield asyncio.run(run_demo(out)), out
+    return asyncio.run(run_demo(out)), out
 
 
 def lane(out: Path, side: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
