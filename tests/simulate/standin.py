@@ -7,6 +7,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
+from urllib.parse import parse_qsl
 
 import uvicorn
 from fastapi import FastAPI, Request, Response, WebSocket, WebSocketDisconnect
@@ -82,7 +83,7 @@ class StandIn:
 
         @app.post("/twilio/{path:path}")
         async def post(path: str, request: Request) -> Response:
-            form = {name: str(value) for name, value in (await request.form()).items()}
+            form = dict(parse_qsl((await request.body()).decode(), keep_blank_values=True))
             query = f"?{request.url.query}" if request.url.query else ""
             self.posts.append((f"/twilio/{path}{query}", form, request.headers.get("x-twilio-signature", "")))
             if path == "voice":
