@@ -24,7 +24,7 @@ from telephony.g711 import BYTES_PER_MS, ULAW_SILENCE
 from telephony.line import Line
 
 OUTBOX_FRAMES = 6
-LEAD_MS = 40
+LEAD_MS = 60
 """Silence sent ahead, so that the carrier still has something to play when one of our frames is late."""
 MARK_EVERY_FRAMES = 5
 AHEAD_OF_BEAT_S = 0.012
