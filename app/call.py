@@ -177,10 +177,12 @@ class Call:
         assert self._line is not None
         if spoken.interrupted:
             leg.protocol.clear()
-            leg.protocol.send_audio(ULAW_SILENCE * (LEAD_MS * BYTES_PER_MS))
             self._transcript.flushed()
             self._store.event(self.facts.id, "interrupted", {}, self.clock_s)
         leg.protocol.send_audio(self._line.say(spoken.pcm))
+        if spoken.interrupted:
+            # The fade follows the cut at once; the lead that was flushed is given again behind it.
+            leg.protocol.send_audio(ULAW_SILENCE * (LEAD_MS * BYTES_PER_MS))
         self._frames_out += 1
         if spoken.ends or self._frames_out % MARK_EVERY_FRAMES == 0:
             leg.protocol.send_mark()

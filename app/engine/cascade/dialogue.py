@@ -20,7 +20,7 @@ _JUST_BEFORE_MS = 96
 """A guess must be quick: with less silence before it, the recogniser takes half the time."""
 _PARTIAL_EVERY_MS = 1_040
 _OPENING_MS = 800
-_OPENING_WAIT_S = 0.045
+_OPENING_WAIT_S = 0.055
 """In the first words spoken over the agent, the one place where the beat waits: the agent stops a frame sooner."""
 _KEPT_MESSAGES = 40
 _NEXT: Message = {"role": "user", "content": ""}

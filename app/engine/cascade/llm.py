@@ -1,7 +1,10 @@
 """The small language model: a GGUF file run by llama.cpp inside the process, one slot a row."""
 
 import os
+import sys
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,13 @@ Message = dict[str, str]
 _CONTEXT_TOKENS = 4096
 _CACHE_MIB = 1024
 _LONGEST_REPLY_TOKENS = 128
+_NICE = 5
+
+
+def _step_back() -> None:
+    """Let the recogniser and the beat go before the model's threads, which inherit this one's priority on Linux."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 class LanguageModel:
@@ -31,7 +41,8 @@ class LanguageModel:
         params.verbosity = -1
         params.ui = False
         try:
-            self._server: Any = xllamacpp.Server(params)
+            with ThreadPoolExecutor(1, initializer=_step_back) as starter:
+                self._server: Any = starter.submit(xllamacpp.Server, params).result()
         except RuntimeError as error:
             raise EngineFault(f"language model: {path}: {error}; a GGUF chat model is right (CASCADE_LLM)") from error
 
