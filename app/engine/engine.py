@@ -90,10 +90,6 @@ class Engine:
             if self._slots.release(lease):
                 self._orders.append(lambda: self._runner.leave(lease.row))
 
-    def holds(self, lease: Lease) -> bool:
-        """Whether output for this lease may still be played."""
-        return self._slots.holds(lease)
-
     def until_tick_s(self) -> float:
         """How long until the next beat: a call shifts its framing so that its frames complete just before it."""
         return BEAT_S - math.fmod(time.monotonic() - self._epoch_s, BEAT_S)
