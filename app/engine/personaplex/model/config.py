@@ -18,8 +18,6 @@ COLUMN_ROWS = 1 + 2 * CODEBOOKS
 """Tokens of one position: text, the agent's codebooks, the user's codebooks."""
 PAD, EPAD = 3, 0
 """Text tokens that are no words: nothing is said, and a word is about to begin."""
-ZERO = -1
-"""A token that adds nothing to the input."""
 
 _FIXED: Mapping[str, Any] = {
     "n_q": 2 * CODEBOOKS,

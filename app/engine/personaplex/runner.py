@@ -1,0 +1,209 @@
+"""PersonaPlexRunner: many calls as rows of one batch, each frame through codec, language model and codec again."""
+
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from app.engine.contract import FRAME_SAMPLES, Pcm, Role, Spoken
+from app.engine.personaplex.model import rows as state_rows
+from app.engine.personaplex.model.lm import Lm, LmState, Reach
+from app.engine.personaplex.model.mimi import DecoderState, Mimi, MimiState
+from app.engine.personaplex.model.tokenizer import Tokenizer
+from app.engine.personaplex.model.weights import Checkpoint, load
+from app.engine.personaplex.prefix import Prefix, PrefixCache, open_call, place
+from app.engine.personaplex.rebuild import Rebuilder
+from app.engine.personaplex.seat import GREETING_WITHIN_MS, Seat
+from app.engine.personaplex.voices import CodedVoice, Voice, read_packed_voice
+
+VoiceSource = Path | NDArray[np.float32]
+"""A packed voice (.pt), or its sound: mono at 24 kHz and -24 LUFS."""
+Window = Literal["rebuild", "slide"]
+
+_log = logging.getLogger("personaline.engine")
+
+
+class PersonaPlexRunner:
+    """A Runner. `warm_up` loads the weights; nothing is allocated before."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        rows: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        voice: Callable[[str], VoiceSource],
+        window: Window = "rebuild",
+        seed: int | None = None,
+    ) -> None:
+        """
+        Args:
+            voice: from a role's voice to where its sound is; raises EngineFault for one that is not there.
+            window: how a call goes on beyond the model's window: "rebuild" keeps the prompt in it, "slide" loses it.
+            seed: the same for every call, to be able to repeat one. None: each call its own.
+        """
+        self.rows = rows
+        self._checkpoint, self._device, self._dtype = checkpoint, device, dtype
+        self._voice_source, self._window, self._seed = voice, window, seed
+        self._seats: list[Seat | None] = [None] * rows
+        self._positions = [0] * rows
+        self._prompt_frames = [0] * rows
+        self._voices: dict[str, Voice] = {}
+        self._tokenizer: Tokenizer
+
+    def warm_up(self, roles: Sequence[Role]) -> None:
+        """Load the weights, read these roles' prompts and run one empty step. Raises EngineFault."""
+        checkpoint, device = self._checkpoint, self._device
+        self._tokenizer = Tokenizer(checkpoint.tokenizer)
+        self._lm = Lm(checkpoint.lm, device, self._dtype)
+        load(checkpoint.model, self._lm.entries())
+        self._lm.pack()
+        self._mimi = Mimi(checkpoint.mimi_config, device)
+        load(checkpoint.mimi, self._mimi.entries())
+        self._mimi.pack()
+        self._lm_state = LmState.of(checkpoint.lm, self.rows, device, self._dtype)
+        self._mimi_state: MimiState = self._mimi.state(self.rows)
+        self._silenced = self._after_silence()
+        self._prefixes = PrefixCache(self._lm)
+        self._rebuilder = Rebuilder(self._lm, self._lm_state, self._positions, self._prompt_frames)
+        for role in roles:
+            self._prefix(role)
+        self._advance(np.zeros((self.rows, FRAME_SAMPLES), np.float32), np.zeros(self.rows, np.bool_))
+
+    def join(self, row: int, role: Role) -> None:
+        prefix = self._prefix(role)
+        state_rows.clear(self._lm_state, row)
+        state_rows.clear(self._mimi_state, row)
+        state_rows.restore(self._mimi_state.decoder, row, self._silenced)
+        seed = secrets.randbits(63) if self._seed is None else self._seed
+        self._seats[row] = seat = Seat(role, prefix, seed, self._tokenizer)
+        self._lm_state.choice.seed[row] = seed
+        self._choose_as(row, role)
+        if role.greeting:
+            seat.queue(role.greeting, GREETING_WITHIN_MS)
+            self._guide_row(row, seat)
+        self._place(row, prefix)
+        open_call(self._lm, self._lm_state, row, prefix, _reach_of(role))
+
+    def leave(self, row: int) -> None:
+        self._seats[row] = None
+        self._rebuilder.drop(row)
+
+    def say(self, row: int, text: str, start_within_ms: int | None) -> None:
+        if (seat := self._seats[row]) is not None:
+            seat.queue(text, start_within_ms)
+
+    def change(self, row: int, role: Role) -> None:
+        if (seat := self._seats[row]) is None:
+            return
+        seat.role, seat.prefix = role, self._prefix(role)
+        self._choose_as(row, role)
+        if not self._rebuilder.hand_off(row, seat.prefix):
+            self._place(row, seat.prefix)
+        if role.greeting:
+            seat.queue(role.greeting, GREETING_WITHIN_MS)
+
+    def step(self, pcm: Pcm, active: NDArray[np.bool_]) -> list[Spoken | None]:
+        """Raises ValueError for arrays of any other shape than [rows, 1920] and [rows]."""
+        if pcm.shape != (self.rows, FRAME_SAMPLES) or active.shape != (self.rows,):
+            right = f"[{self.rows}, {FRAME_SAMPLES}] and [{self.rows}]"
+            raise ValueError(f"step: found pcm {list(pcm.shape)}, active {list(active.shape)}; {right} are right")
+        for row, seat in self._seated():
+            self._guide_row(row, seat)
+        speech, tokens, taken = self._advance(pcm, active)
+        spoken: list[Spoken | None] = [None] * self.rows
+        for row in np.flatnonzero(active):
+            if (seat := self._seats[row]) is not None:
+                self._positions[row] += 1
+                spoken[row] = seat.frame(speech[row], int(tokens[row]), int(taken[row]))
+        return spoken
+
+    def between(self) -> None:
+        if self._window == "rebuild":
+            for row, seat in self._seated():
+                self._rebuilder.watch(row, seat.prefix, seat.seed)
+        self._rebuilder.work()
+
+    def close(self) -> None:
+        for name in ("_lm", "_mimi", "_lm_state", "_mimi_state", "_silenced", "_prefixes", "_rebuilder"):
+            self.__dict__.pop(name, None)
+        self._voices.clear()
+        self._seats = [None] * self.rows
+
+    def _advance(self, pcm: Pcm, active: NDArray[np.bool_]) -> tuple[Pcm, NDArray[np.int64], NDArray[np.int64]]:
+        """One tick on the device: sound [S, 1920], text tokens [S] and guided tokens given out [S]."""
+        heard = torch.from_numpy(pcm).to(self._device)
+        moves = torch.from_numpy(active).to(self._device)
+        codes = self._mimi.encode(self._mimi_state, heard, moves)
+        frame = self._lm.step(self._lm_state, codes, moves, self._reach(active))
+        speech = self._mimi.decode(self._mimi_state, frame[:, 1:], moves).clamp(-1, 1)
+        words = torch.stack((frame[:, 0], self._lm_state.guide.taken)).cpu().numpy()
+        return speech.cpu().numpy(), words[0], words[1]
+
+    def _reach(self, active: NDArray[np.bool_]) -> Reach:
+        reaches = [_reach_of(seat.role, self._positions[row] + 1) for row, seat in self._seated() if active[row]]
+        if not reaches:
+            return Reach(1, 1, 1)
+        return Reach(
+            max(reach.longest for reach in reaches),
+            max(reach.text_ranks for reach in reaches),
+            max(reach.audio_ranks for reach in reaches),
+        )
+
+    def _seated(self) -> list[tuple[int, Seat]]:
+        return [(row, seat) for row, seat in enumerate(self._seats) if seat is not None]
+
+    def _prefix(self, role: Role) -> Prefix:
+        """The role's prompt as model state. Raises EngineFault for a voice that is not there or not this model's."""
+        voice = self._voices.get(role.voice)
+        if voice is None:
+            source = self._voice_source(role.voice)
+            if isinstance(source, Path):
+                voice = read_packed_voice(source, self._checkpoint.lm, self._lm.initial_embedding())
+            else:
+                codes = self._mimi.encode_whole(torch.from_numpy(source).to(self._device)).cpu()
+                voice = CodedVoice(role.voice, codes)
+            self._voices[role.voice] = voice
+        prefix = self._prefixes.of(voice, self._tokenizer.role(role.prompt))
+        if len(prefix.prompt) > self._lm.config.ring:
+            found = f"its prompt takes {len(prefix.prompt)} frames of a window of {self._lm.config.ring}"
+            _log.warning("persona %s: %s; the model does not see the beginning", role.name, found)
+        return prefix
+
+    def _place(self, row: int, prefix: Prefix) -> None:
+        place(self._lm_state, row, prefix)
+        self._positions[row] = self._prompt_frames[row] = len(prefix.prompt)
+
+    def _choose_as(self, row: int, role: Role) -> None:
+        choice = self._lm_state.choice
+        choice.text_temperature[row], choice.text_top_k[row] = role.text_temperature, role.text_top_k
+        choice.audio_temperature[row], choice.audio_top_k[row] = role.audio_temperature, role.audio_top_k
+
+    def _guide_row(self, row: int, seat: Seat) -> None:
+        """Give the row's guide the next words that wait for it, if it has none."""
+        if (guided := seat.next_guided()) is None:
+            return
+        guide = self._lm_state.guide
+        guide.tokens[row, : len(guided.tokens)] = torch.tensor(guided.tokens, device=self._device)
+        guide.taken[row] = 0
+        guide.length[row], guide.within[row] = len(guided.tokens), guided.within_frames
+
+    def _after_silence(self) -> DecoderState:
+        """The decoder as it is after the prompt's last frame, its silence: where every call begins."""
+        state = self._mimi.state(1)
+        silence = torch.tensor([self._lm.config.silence_tokens], device=self._device)
+        self._mimi.decode(state, silence, torch.ones(1, dtype=torch.bool, device=self._device))
+        return state.decoder
+
+
+def _reach_of(role: Role, positions: int = 1) -> Reach:
+    return Reach(
+        positions,
+        role.text_top_k if role.text_temperature > 0 else 1,
+        role.audio_top_k if role.audio_temperature > 0 else 1,
+    )

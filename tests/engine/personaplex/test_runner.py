@@ -1,0 +1,239 @@
+"""Calls as rows of one batch: each says what it would say alone, whatever the others do."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from app.engine.contract import FRAME_SAMPLES, Role, Spoken
+from app.engine.personaplex.runner import PersonaPlexRunner
+from tests.engine.personaplex.runners import CAPTAIN, HARBOUR, SHORT, Call, Stage, same_speech, tiny_runner
+from tests.engine.tiny import make_tiny_checkpoint
+
+ROWS = 3
+CONTEXT = 112
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), context=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def runner(checkpoint: Path) -> PersonaPlexRunner:
+    warm = tiny_runner(checkpoint, ROWS)
+    warm.warm_up([HARBOUR, CAPTAIN])
+    return warm
+
+
+def text_of(said: list[Spoken]) -> str:
+    return "".join(frame.text for frame in said)
+
+
+def test_a_call_gets_a_frame_of_speech_and_its_text_for_every_frame_heard(runner: PersonaPlexRunner) -> None:
+    said = Stage(runner).alone(0, Call(1, HARBOUR, 60))
+
+    assert len(said) == 60
+    assert {frame.pcm.shape for frame in said} == {(FRAME_SAMPLES,)}
+    assert all(np.isfinite(frame.pcm).all() and np.abs(frame.pcm).max() <= 1 for frame in said)
+    assert text_of(said).strip()
+
+
+def test_the_same_seed_says_the_same_again_and_another_something_else(checkpoint: Path) -> None:
+    said = []
+    for seed in (5, 5, 6):
+        runner = tiny_runner(checkpoint, 1, seed=seed)
+        runner.warm_up([])
+        said.append(Stage(runner).alone(0, Call(1, HARBOUR, 20)))
+
+    assert same_speech(said[0], said[1])
+    assert not same_speech(said[0], said[2])
+
+
+def test_without_a_seed_two_calls_differ(checkpoint: Path) -> None:
+    runner = tiny_runner(checkpoint, 2, seed=None)
+    runner.warm_up([])
+
+    assert not same_speech(*(Stage(runner).alone(row, Call(1, HARBOUR, 20)) for row in (0, 1)))
+
+
+def test_what_the_caller_says_changes_what_the_agent_says(runner: PersonaPlexRunner) -> None:
+    one, other = (Stage(runner).alone(0, Call(number, SHORT, 30)) for number in (1, 2))
+
+    assert not same_speech(one, other)
+
+
+calls = st.builds(
+    Call,
+    number=st.integers(0, 50),
+    role=st.sampled_from([HARBOUR, CAPTAIN, SHORT]),
+    frames=st.integers(1, 120),
+    skips=st.frozensets(st.integers(0, 120), max_size=20),
+    handed_over=st.none() | st.tuples(st.integers(0, 100), st.sampled_from([HARBOUR, CAPTAIN, SHORT])),
+)
+
+
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(played=st.lists(st.tuples(calls, st.integers(0, 40)), min_size=3, max_size=5), data=st.data())
+def test_joins_leaves_skips_handoffs_and_rebuilds_never_change_what_another_row_says(
+    runner: PersonaPlexRunner, played: list[tuple[Call, int]], data: st.DataObject
+) -> None:
+    """Freed rows are full of NaN, so a memory that is read by its next owner would be heard as well."""
+    stage = Stage(runner)
+    waiting, heard = list(played), []
+    pause = 0
+    while waiting or len(stage.free) < ROWS:
+        if waiting and pause == 0 and stage.free:
+            call, pause = waiting.pop(0)
+            heard.append(stage.begin(data.draw(st.sampled_from(stage.free)), call))
+        stage.tick()
+        pause = max(0, pause - 1)
+
+    for (call, _), said in zip(played, heard, strict=True):
+        assert same_speech(said, Stage(runner).alone(0, call)), call
+
+
+def test_a_long_call_keeps_its_prompt_in_the_window_and_drops_no_frame(runner: PersonaPlexRunner) -> None:
+    """Three windows long: the row's position goes back each time, and never past the window's end."""
+    runner.join(0, HARBOUR)
+    positions = []
+    active = np.array([True, False, False])
+    for _ in range(3 * CONTEXT):
+        spoken = runner.step(np.full((ROWS, FRAME_SAMPLES), 0.01, np.float32), active)
+        assert spoken[0] is not None
+        runner.between()
+        positions.append(runner._positions[0])
+        assert int(runner._lm_state.position[0]) == positions[-1]
+    runner.leave(0)
+
+    rebuilds = sum(after < before for before, after in zip(positions, positions[1:], strict=False))
+    assert rebuilds >= 3
+    assert max(positions) < CONTEXT - 1
+
+
+def test_a_sliding_window_goes_on_without_end_too(checkpoint: Path) -> None:
+    sliding = tiny_runner(checkpoint, 1, window="slide")
+    sliding.warm_up([])
+    said = Stage(sliding).alone(0, Call(1, HARBOUR, 2 * CONTEXT))
+
+    assert len(said) == 2 * CONTEXT
+    assert sliding._positions[0] > 2 * CONTEXT
+
+
+def test_up_to_its_rebuild_a_call_says_what_a_sliding_one_says_and_then_something_else(checkpoint: Path) -> None:
+    said = []
+    for window in ("rebuild", "slide"):
+        runner = tiny_runner(checkpoint, 1, window=window)  # type: ignore[arg-type]
+        runner.warm_up([])
+        said.append(Stage(runner).alone(0, Call(1, HARBOUR, 2 * CONTEXT)))
+
+    prompt = runner._prompt_frames[0]
+    before = CONTEXT - CONTEXT // 8 - prompt - 1
+    assert same_speech(said[0][:before], said[1][:before])
+    assert not same_speech(said[0], said[1])
+
+
+def test_a_handoff_gives_the_call_the_new_prompt_and_the_last_frames(runner: PersonaPlexRunner) -> None:
+    """As a new call of that persona that had heard and said those very frames."""
+    call = Call(3, replace(HARBOUR, voice="NATM1"), 30, handed_over=(20, CAPTAIN))
+    stage = Stage(runner)
+    stage.begin(1, call)
+    for _ in range(20):
+        stage.tick()
+    before = runner._lm_state.history[1, runner._prompt_frames[1] : runner._positions[1]].clone()
+    stage.tick()
+
+    length = runner._prompt_frames[1]
+    seat = runner._seats[1]
+    assert seat is not None
+    assert seat.role == CAPTAIN
+    assert length == len(seat.prefix.prompt)
+    assert runner._positions[1] == length + 21
+    kept = runner._lm_state.history[1, length : length + 20]
+    assert kept.equal(before)
+    expected = runner._lm.transformer
+    kv = seat.prefix.kv.new_empty(*seat.prefix.kv.shape[:3], length + 21, seat.prefix.kv.shape[4])
+    kv[:, :, :, :length] = seat.prefix.kv
+    columns = runner._lm_state.history[1, length : length + 21].long()
+    expected.extend(runner._lm.embed(columns), kv, length)
+    assert np.allclose(runner._lm_state.kv[1, :, :, :, : length + 21], kv, atol=1e-4)
+    stage.end(1)
+
+
+def test_the_greeting_is_said_first_word_for_word_and_reported(runner: PersonaPlexRunner) -> None:
+    greeting = "Good morning, you have reached the harbour office."
+    said = Stage(runner).alone(0, Call(1, replace(HARBOUR, greeting=greeting), 120))
+
+    assert text_of(said).strip().startswith(greeting)
+    reported = [index for index, frame in enumerate(said) if frame.said]
+    assert [said[index].said for index in reported] == [greeting]
+    assert text_of(said[: reported[0] + 1]).strip() == greeting
+
+
+def test_guided_texts_are_said_one_after_the_other(runner: PersonaPlexRunner) -> None:
+    runner.join(0, HARBOUR)
+    texts = ["This call may be recorded.", "Please hold the line."]
+    for text in texts:
+        runner.say(0, text, 80)
+    active = np.array([True, False, False])
+    frames = [runner.step(np.zeros((ROWS, FRAME_SAMPLES), np.float32), active)[0] for _ in range(160)]
+    runner.leave(0)
+
+    said = [frame for frame in frames if frame is not None]
+    assert [frame.said for frame in said if frame.said] == texts
+    assert " ".join(texts) in " ".join(text_of(said).split())
+
+
+def test_a_turn_ends_when_words_and_sound_are_over() -> None:
+    from app.engine.personaplex.model.config import PAD
+    from app.engine.personaplex.seat import _QUIET_FRAMES, Seat
+
+    class OneWord:
+        def piece(self, token: int) -> str:
+            return " hello" if token == 9 else ""
+
+    seat = Seat(HARBOUR, None, 0, OneWord())  # type: ignore[arg-type]
+    loud, quiet = np.full(FRAME_SAMPLES, 0.1, np.float32), np.zeros(FRAME_SAMPLES, np.float32)
+    frames = [(quiet, PAD)] * 20 + [(loud, 9)] + [(loud, PAD)] * 5 + [(quiet, PAD)] * 20
+    ends = [seat.frame(pcm, token, 0).ends for pcm, token in frames]
+
+    assert ends.index(True) == 26 + _QUIET_FRAMES - 1
+    assert sum(ends) == 1
+
+
+def test_a_prompt_with_other_variables_reads_only_what_changed(runner: PersonaPlexRunner) -> None:
+    """The prefix is the same as when all of it is read, and the kept beginning is bit for bit the old one's."""
+    one = runner._prefix(replace(HARBOUR, prompt="You work for the harbour office and your name is Ada Stone."))
+    other = runner._prefix(replace(HARBOUR, prompt="You work for the harbour office and your name is Bill."))
+    shared = one.prompt.shared(other.prompt)
+
+    assert 20 < shared < len(other.prompt)
+    assert other.kv[:, :, :, :shared].equal(one.kv[:, :, :, :shared])
+    fresh = tiny_runner(runner._checkpoint.folder, 1)
+    fresh.warm_up([])
+    whole = fresh._prefix(replace(HARBOUR, prompt="You work for the harbour office and your name is Bill."))
+    assert np.allclose(whole.kv, other.kv, atol=1e-4)
+    assert np.allclose(whole.hidden, other.hidden, atol=1e-4)
+
+
+def test_a_prompt_that_is_kept_is_not_read_again(runner: PersonaPlexRunner) -> None:
+    assert runner._prefix(HARBOUR) is runner._prefix(replace(HARBOUR, greeting="Hello."))
+
+
+def test_arrays_of_another_shape_are_refused(runner: PersonaPlexRunner) -> None:
+    with pytest.raises(ValueError, match=r"found pcm \[2, 1920\], active \[3\]; \[3, 1920\] and \[3\] are right"):
+        runner.step(np.zeros((2, FRAME_SAMPLES), np.float32), np.zeros(3, np.bool_))
+
+
+def test_a_prompt_longer_than_the_window_still_carries_a_call(
+    runner: PersonaPlexRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    role = Role("long", "The ferry leaves at seven in the morning and again at noon. " * 12)
+    said = Stage(runner).alone(0, Call(1, role, 40))
+
+    assert len(said) == 40
+    assert all(np.isfinite(frame.pcm).all() for frame in said)
+    assert "persona long: its prompt takes" in caplog.text
