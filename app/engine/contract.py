@@ -58,7 +58,8 @@ class Spoken:
 
     `text` is what begins to be said in this frame, spaces included, often "". `ends` marks the last frame of an
     utterance. `interrupted` says that the agent fell silent because the caller spoke over it: what the carrier
-    still holds of it should be flushed.
+    still holds of it should be flushed. `said` is the guided text, as it was given to `Runner.say`, whose last word
+    is out with this frame; a text that was cut short is never reported.
     """
 
     pcm: Pcm
@@ -66,6 +67,7 @@ class Spoken:
     ends: bool = False
     interrupted: bool = False
     heard: tuple[Heard, ...] = ()
+    said: str = ""
 
 
 class Runner(Protocol):
@@ -88,6 +90,22 @@ class Runner(Protocol):
         """End the call on a row and forget all of it."""
         ...
 
+    def say(self, row: int, text: str, start_within_ms: int | None) -> None:
+        """Have the agent say these very words, behind those it was given earlier; `Spoken.said` tells when it has.
+
+        Args:
+            start_within_ms: how long the agent may stay silent before it must begin. None: it begins when it next
+                speaks of its own accord.
+        """
+        ...
+
+    def change(self, row: int, role: Role) -> None:
+        """Go on with the call in another role; both sides' words so far are kept, as far as the engine can.
+
+        Must not block for longer than a tick can wait: the old role goes on until the new one is ready.
+        """
+        ...
+
     def step(self, pcm: Pcm, active: NDArray[np.bool_]) -> Sequence[Spoken | None]:
         """Advance every active row by one frame; the others get None.
 
@@ -95,6 +113,10 @@ class Runner(Protocol):
             pcm: float32 [rows, 1920] in [-1, 1] at 24 kHz, one frame a row.
             active: bool [rows]. A False row is neither read nor moved.
         """
+        ...
+
+    def between(self) -> None:
+        """Called after each tick, its frames delivered: work for which no caller should wait."""
         ...
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from app.engine.contract import Pcm, Role, Spoken
 
 
 class EchoRunner:
-    """A Runner whose every row repeats its caller."""
+    """A Runner whose every row repeats its caller. It has no words of its own: `say` and `change` do nothing."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -23,8 +23,17 @@ class EchoRunner:
     def leave(self, row: int) -> None:
         pass
 
+    def say(self, row: int, text: str, start_within_ms: int | None) -> None:
+        pass
+
+    def change(self, row: int, role: Role) -> None:
+        pass
+
     def step(self, pcm: Pcm, active: NDArray[np.bool_]) -> list[Spoken | None]:
         return [Spoken(pcm[row].copy()) if active[row] else None for row in range(self.rows)]
+
+    def between(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -22,7 +22,10 @@ Deliver = Callable[[Sequence[tuple[Lease, Spoken]]], None]
 
 
 class Engine:
-    """One runner on one thread. `lease`, `push` and `release` may be called from any thread and never wait."""
+    """One runner on one thread.
+
+    `lease`, `push`, `say`, `change` and `release` may be called from any thread and never wait.
+    """
 
     def __init__(self, runner: Runner, deliver: Deliver, roles: Sequence[Role] = ()) -> None:
         self._runner = runner
@@ -84,11 +87,34 @@ class Engine:
         """Give a frame heard, float32 [1920]. False when the lease has ended: drop it."""
         return self._slots.push(lease, frame)
 
+    def say(self, lease: Lease, text: str, start_within_ms: int | None = None) -> bool:
+        """Words that the agent must say, as in `Runner.say`. False when the lease has ended: nobody will say them.
+
+        Raises:
+            ValueError: no words, or a negative time.
+        """
+        if not text.strip() or (start_within_ms or 0) < 0:
+            found = f"text {text!r}, start_within_ms {start_within_ms}"
+            raise ValueError(f"say: {found}; words are right, and a time from 0 up or None")
+        return self._order(lease, lambda: self._runner.say(lease.row, text, start_within_ms))
+
+    def change(self, lease: Lease, role: Role) -> bool:
+        """Let another role take the call over, as in `Runner.change`. False when the lease has ended."""
+        return self._order(lease, lambda: self._runner.change(lease.row, role))
+
     def release(self, lease: Lease) -> None:
         """Give the row back. Twice is harmless."""
         with self._ordering:
             if self._slots.release(lease):
                 self._orders.append(lambda: self._runner.leave(lease.row))
+
+    def _order(self, lease: Lease, order: Callable[[], None]) -> bool:
+        """Have the engine thread do this between two ticks, unless the lease has ended by then."""
+        with self._ordering:
+            held = self._slots.holds(lease)
+            if held:
+                self._orders.append(lambda: order() if self._slots.holds(lease) else None)
+        return held
 
     def until_tick_s(self) -> float:
         """How long until the next beat: a call shifts its framing so that its frames complete just before it."""
@@ -126,8 +152,7 @@ class Engine:
         while self._orders:
             self._orders.popleft()()
         leases = self._slots.take(self._pcm, self._active)
-        if not leases:
-            return
-        spoken = self._runner.step(self._pcm, self._active)
-        said = [(lease, frame) for lease in leases if (frame := spoken[lease.row]) is not None]
-        self._deliver(said)
+        if leases:
+            spoken = self._runner.step(self._pcm, self._active)
+            self._deliver([(lease, frame) for lease in leases if (frame := spoken[lease.row]) is not None])
+        self._runner.between()

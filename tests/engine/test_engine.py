@@ -121,25 +121,106 @@ def test_a_runner_that_fails_in_mid_call_is_told_to_everybody(said: Said, caplog
     assert "device lost" in caplog.text
 
 
+class Watched(EchoRunner):
+    """Tells in which order, and on which thread, it was given its orders."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(rows)
+        self.happened: list[str] = []
+        self.threads: set[str] = set()
+        self.held = threading.Event()
+        self.held.set()
+        self.stepping = threading.Event()
+
+    def join(self, row: int, role: Role) -> None:
+        self._note(f"join {role.name}")
+
+    def leave(self, row: int) -> None:
+        self._note("leave")
+
+    def say(self, row: int, text: str, start_within_ms: int | None) -> None:
+        self._note(f"say {text} within {start_within_ms}")
+
+    def change(self, row: int, role: Role) -> None:
+        self._note(f"change to {role.name}")
+
+    def step(self, pcm: Pcm, active: NDArray[np.bool_]) -> list[Spoken | None]:
+        self.stepping.set()
+        self.held.wait(10)
+        return super().step(pcm, active)
+
+    def _note(self, what: str) -> None:
+        self.happened.append(what)
+        self.threads.add(threading.current_thread().name)
+
+
 def test_a_row_is_left_before_it_is_joined_again(said: Said) -> None:
-    happened: list[str] = []
-
-    class Watched(EchoRunner):
-        def join(self, row: int, role: Role) -> None:
-            happened.append(f"join {role.name}")
-
-        def leave(self, row: int) -> None:
-            happened.append("leave")
-
-    engine = running(Watched(rows=1), said)
+    runner = Watched(rows=1)
+    engine = running(runner, said)
     assert ready(engine)
     engine.release(engine.lease(Role("first", "")))
     lease = engine.lease(Role("second", ""))
     engine.push(lease, frame(0.5))
     said.get(timeout=5)
 
-    assert happened == ["join first", "leave", "join second"]
+    assert runner.happened == ["join first", "leave", "join second"]
     engine.close()
+
+
+def test_orders_are_carried_out_in_the_order_they_were_given_and_on_the_engine_thread(said: Said) -> None:
+    runner = Watched(rows=1)
+    engine = running(runner, said)
+    assert ready(engine)
+    lease = engine.lease(ROLE)
+    assert engine.say(lease, "Good morning.")
+    assert engine.change(lease, Role("baker", ""))
+    assert engine.say(lease, "One moment.", start_within_ms=400)
+    engine.push(lease, frame(0.5))
+    said.get(timeout=5)
+    engine.release(lease)
+    engine.push(engine.lease(Role("next", "")), frame(0.5))
+    said.get(timeout=5)
+    engine.close()
+
+    assert runner.happened == [
+        "join operator",
+        "say Good morning. within None",
+        "change to baker",
+        "say One moment. within 400",
+        "leave",
+        "join next",
+    ]
+    assert runner.threads == {"engine"}
+
+
+def test_what_was_meant_for_a_call_never_reaches_the_next_one_on_its_row(said: Said) -> None:
+    """The first call ends in the middle of a tick, with orders of its own still waiting for the tick's end."""
+    runner = Watched(rows=1)
+    engine = running(runner, said)
+    assert ready(engine)
+    lease = engine.lease(Role("first", ""))
+    runner.held.clear()
+    engine.push(lease, frame(0.5))
+    assert runner.stepping.wait(5)
+    assert engine.say(lease, "Good morning.")
+    assert engine.change(lease, Role("baker", ""))
+    engine.release(lease)
+    second = engine.lease(Role("second", ""))
+    assert not engine.say(lease, "Too late.")
+    assert not engine.change(lease, Role("late", ""))
+    runner.held.set()
+    engine.push(second, frame(0.5))
+    while said.get(timeout=5)[0] != second:
+        pass
+    engine.close()
+
+    assert runner.happened == ["join first", "leave", "join second"]
+
+
+@pytest.mark.parametrize(("text", "start_within_ms"), [("", None), (" \n", 100), ("Hello.", -1)])
+def test_words_that_cannot_be_said_are_refused(engine: Engine, text: str, start_within_ms: int | None) -> None:
+    with pytest.raises(ValueError, match="start_within_ms"):
+        engine.say(engine.lease(ROLE), text, start_within_ms)
 
 
 def test_the_next_tick_is_never_further_than_one_beat(engine: Engine) -> None:

@@ -15,8 +15,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from app.engine.personaplex.model import rows
-from app.engine.personaplex.model.config import CODEBOOKS, LmConfig
+from app.engine.personaplex.model.config import CODEBOOKS, LmConfig, MimiConfig
 from app.engine.personaplex.model.lm import Lm, LmState, Reach
+from app.engine.personaplex.model.mimi import Mimi
 from app.engine.personaplex.model.weights import load
 from app.engine.personaplex.prefix import Prefix, PrefixCache, Prompt, build_prompt, inputs, open_call, place
 from app.engine.personaplex.voices import CodedVoice, Voice, read_packed_voice
@@ -24,7 +25,7 @@ from app.engine.personaplex.voices import CodedVoice, Voice, read_packed_voice
 HERE = Path(__file__).resolve().parent.parent / "fixtures" / "parity"
 FOLDER = Path(os.environ.get("PARITY_FIXTURES") or HERE)
 CPU = torch.device("cpu")
-EVERYONE = slice(None)
+ACTIVE = torch.ones(1, dtype=torch.bool)
 
 
 def names(kind: str, ending: str) -> list[str]:
@@ -36,6 +37,10 @@ def names(kind: str, ending: str) -> list[str]:
 def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(file, "pt") as tensors:
         return {key: tensors.get_tensor(key) for key in tensors.keys()}, tensors.metadata() or {}  # noqa: SIM118
+
+
+def keeps(name: str, key: str) -> bool:
+    return key in read(FOLDER / f"lm_{name}_io.safetensors")[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,11 +175,9 @@ def test_live_frames_are_the_recorded_ones_a_frame_earlier(name: str) -> None:
     assert torch.equal(said[:, :-1], call.expected)
 
 
-@every_call
+@pytest.mark.parametrize("name", [name for name in names("lm", "io") if keeps(name, "kv_layer0_k")])
 def test_keys_and_values_after_a_call_are_the_recorded_ones(name: str) -> None:
     call = recorded(name)
-    if "kv_layer0_k" not in call.io:
-        pytest.skip("this recording kept no keys")
     batch = Rows(call.lm, 1)
     batch.join(0, prefix_of(call))
     batch.say(0, call.io["user_codes"])
@@ -270,3 +273,65 @@ def test_ragged_calls_share_rows_and_each_says_what_it_says_alone(name: str) -> 
         said = torch.stack(heard[n], 1)
         assert torch.equal(said[:, :-1], call.expected[:, : said.shape[1] - 1]), f"call {n}"
     assert torch.equal(torch.stack(heard[1], 1), other_alone)
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedSound:
+    """One recording with the codec that it went through and came out of."""
+
+    mimi: Mimi
+    io: dict[str, Tensor]
+
+    @property
+    def frames(self) -> Tensor:
+        """[T, 1, 1920]."""
+        return self.io["wav"].view(-1, 1, self.mimi.config.frame_samples)
+
+    @property
+    def codes(self) -> Tensor:
+        """[8, T]."""
+        return self.io["codes_streaming"][:CODEBOOKS]
+
+
+@cache
+def recorded_sound(name: str) -> RecordedSound:
+    io, about = read(FOLDER / f"mimi_{name}_io.safetensors")
+    mimi = Mimi(MimiConfig.of(json.loads(about["config"]), name), CPU)
+    weights = max((w for w in names("mimi", "weights") if name.startswith(w)), key=len)
+    load(FOLDER / f"mimi_{weights}_weights.safetensors", mimi.entries())
+    mimi.pack()
+    return RecordedSound(mimi, io)
+
+
+every_sound = pytest.mark.parametrize("name", names("mimi", "io"))
+
+
+@every_sound
+def test_every_frame_is_encoded_to_the_recorded_codes(name: str) -> None:
+    sound = recorded_sound(name)
+    state = sound.mimi.state(1)
+
+    codes = [sound.mimi.encode(state, frame, ACTIVE) for frame in sound.frames]
+
+    assert torch.equal(torch.cat(codes).T, sound.codes)
+
+
+@every_sound
+def test_every_latent_is_the_recorded_one(name: str) -> None:
+    """Codes would still be equal with an error that is smaller than the distances between centroids."""
+    sound = recorded_sound(name)
+    state = sound.mimi.state(1)
+
+    latents = [sound.mimi.latent(state, frame, ACTIVE) for frame in sound.frames]
+
+    torch.testing.assert_close(torch.cat(latents).T, sound.io["latent_streaming"], rtol=0, atol=1e-4)
+
+
+@every_sound
+def test_the_recorded_codes_are_decoded_to_the_recorded_sound(name: str) -> None:
+    sound = recorded_sound(name)
+    state = sound.mimi.state(1)
+
+    pcm = [sound.mimi.decode(state, codes[None], ACTIVE) for codes in sound.codes.T]
+
+    torch.testing.assert_close(torch.cat(pcm, 1), sound.io["pcm_streaming"], rtol=0, atol=1e-5)

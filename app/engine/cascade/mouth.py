@@ -59,6 +59,9 @@ class Mouth:
 
     def stop(self) -> Pcm:
         """Fall silent within 10 ms: the last frame. What was not said is forgotten, `said` is what was."""
+        if not self.started:
+            self._source = None
+            return _SILENCE
         frame = self.next()[0].copy()
         frame[:_FADE] *= np.linspace(1, 0, _FADE, dtype=np.float32)
         frame[_FADE:] = 0

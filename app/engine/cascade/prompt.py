@@ -34,9 +34,12 @@ _EXAMPLE: tuple[tuple[str, str], ...] = (
 
 
 def opening(role: Role) -> list[Message]:
-    """The messages before the caller's first words."""
+    """Who the agent is: the messages before anybody's words."""
     messages = [{"role": role_name, "content": text} for role_name, text in _EXAMPLE]
     messages.append({"role": "system", "content": f"{role.prompt.strip()} {_MANNERS}"})
-    if role.greeting:
-        messages.append({"role": "assistant", "content": role.greeting})
     return messages
+
+
+def greeted(role: Role) -> list[Message]:
+    """The messages before the caller's first words."""
+    return opening(role) + ([{"role": "assistant", "content": role.greeting}] if role.greeting else [])

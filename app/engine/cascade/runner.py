@@ -10,7 +10,7 @@ from app.engine.cascade.dialogue import Dialogue
 from app.engine.cascade.llm import LanguageModel
 from app.engine.cascade.mind import Mind
 from app.engine.cascade.parts import Parts, rows_for_this_machine
-from app.engine.cascade.prompt import opening
+from app.engine.cascade.prompt import greeted
 from app.engine.cascade.tts import Voice
 from app.engine.contract import Pcm, Role, Spoken
 
@@ -32,7 +32,7 @@ class CascadeRunner:
         recogniser(np.zeros(16_000, np.float32))
         for role in roles:
             voice(role.greeting or "Hello.")
-            model.read(0, opening(role))
+            model.read(0, greeted(role))
 
     def join(self, row: int, role: Role) -> None:
         assert self._mind is not None, "join before warm_up"
@@ -43,11 +43,23 @@ class CascadeRunner:
             dialogue.close()
             self._dialogues[row] = None
 
+    def say(self, row: int, text: str, start_within_ms: int | None) -> None:
+        """While the caller has the turn the words wait for its end, but no longer than `start_within_ms`."""
+        if (dialogue := self._dialogues[row]) is not None:
+            dialogue.say(text, start_within_ms)
+
+    def change(self, row: int, role: Role) -> None:
+        if (dialogue := self._dialogues[row]) is not None:
+            dialogue.change(role)
+
     def step(self, pcm: Pcm, active: NDArray[np.bool_]) -> list[Spoken | None]:
         return [
             dialogue.frame(pcm[row]) if active[row] and dialogue is not None else None
             for row, dialogue in enumerate(self._dialogues)
         ]
+
+    def between(self) -> None:
+        pass
 
     def close(self) -> None:
         for row in range(self.rows):

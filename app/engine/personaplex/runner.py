@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from app.engine.contract import FRAME_SAMPLES, Pcm, Role, Spoken
+from app.engine.contract import FRAME_SAMPLES, EngineFault, Pcm, Role, Spoken
 from app.engine.personaplex.model import rows as state_rows
 from app.engine.personaplex.model.lm import Lm, LmState, Reach
 from app.engine.personaplex.model.mimi import DecoderState, Mimi, MimiState
@@ -54,6 +54,7 @@ class PersonaPlexRunner:
         self._positions = [0] * rows
         self._prompt_frames = [0] * rows
         self._voices: dict[str, Voice] = {}
+        self._ready = False
         self._tokenizer: Tokenizer
 
     def warm_up(self, roles: Sequence[Role]) -> None:
@@ -62,7 +63,7 @@ class PersonaPlexRunner:
         self._tokenizer = Tokenizer(checkpoint.tokenizer)
         self._lm = Lm(checkpoint.lm, device, self._dtype)
         load(checkpoint.model, self._lm.entries())
-        self._lm.pack()
+        self._lm.pack(self.rows)
         self._mimi = Mimi(checkpoint.mimi_config, device)
         load(checkpoint.mimi, self._mimi.entries())
         self._mimi.pack()
@@ -74,6 +75,7 @@ class PersonaPlexRunner:
         for role in roles:
             self._prefix(role)
         self._advance(np.zeros((self.rows, FRAME_SAMPLES), np.float32), np.zeros(self.rows, np.bool_))
+        self._ready = bool(self._voices)
 
     def join(self, row: int, role: Role) -> None:
         prefix = self._prefix(role)
@@ -159,21 +161,30 @@ class PersonaPlexRunner:
         return [(row, seat) for row, seat in enumerate(self._seats) if seat is not None]
 
     def _prefix(self, role: Role) -> Prefix:
-        """The role's prompt as model state. Raises EngineFault for a voice that is not there or not this model's."""
-        voice = self._voices.get(role.voice)
-        if voice is None:
-            source = self._voice_source(role.voice)
-            if isinstance(source, Path):
-                voice = read_packed_voice(source, self._checkpoint.lm, self._lm.initial_embedding())
-            else:
-                codes = self._mimi.encode_whole(torch.from_numpy(source).to(self._device)).cpu()
-                voice = CodedVoice(role.voice, codes)
-            self._voices[role.voice] = voice
-        prefix = self._prefixes.of(voice, self._tokenizer.role(role.prompt))
+        prefix = self._prefixes.of(self._voice(role), self._tokenizer.role(role.prompt))
         if len(prefix.prompt) > self._lm.config.ring:
             found = f"its prompt takes {len(prefix.prompt)} frames of a window of {self._lm.config.ring}"
             _log.warning("persona %s: %s; the model does not see the beginning", role.name, found)
         return prefix
+
+    def _voice(self, role: Role) -> Voice:
+        """A voice that cannot be had stops the start; a call that is there already gets another one."""
+        voice = self._voices.get(role.voice)
+        if voice is None:
+            try:
+                voice = self._voices[role.voice] = self._read_voice(role.voice)
+            except EngineFault as fault:
+                if not self._ready:
+                    raise
+                name, voice = next(iter(self._voices.items()))
+                _log.error("persona %s speaks with the voice %s instead: %s", role.name, name, fault)
+        return voice
+
+    def _read_voice(self, name: str) -> Voice:
+        source = self._voice_source(name)
+        if isinstance(source, Path):
+            return read_packed_voice(source, self._checkpoint.lm, self._lm.initial_embedding())
+        return CodedVoice(name, self._mimi.encode_whole(torch.from_numpy(source)).cpu())
 
     def _place(self, row: int, prefix: Prefix) -> None:
         place(self._lm_state, row, prefix)

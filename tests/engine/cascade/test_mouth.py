@@ -70,6 +70,19 @@ def test_a_stop_fades_within_ten_milliseconds_and_keeps_only_what_was_said() -> 
     assert mouth.said == "One "
 
 
+def test_a_stop_before_the_first_sound_leaves_the_clauses_to_be_said_another_time() -> None:
+    mouth, clauses = Mouth(), Clauses(finished=False)
+    mouth.play(clauses)
+    mouth.next()
+    clauses.speech.append(clause(100, (0, "Hi. ")))
+    clauses.finished = True
+
+    assert not mouth.stop().any()
+    assert not mouth.busy
+    mouth.play(clauses)
+    assert mouth.next()[1:] == ("Hi. ", True)
+
+
 def test_a_mouth_with_nothing_to_say_is_silent() -> None:
     pcm, text, ends = Mouth().next()
 

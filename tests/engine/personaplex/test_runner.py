@@ -1,6 +1,7 @@
 """Calls as rows of one batch: each says what it would say alone, whatever the others do."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +110,7 @@ def test_a_long_call_keeps_its_prompt_in_the_window_and_drops_no_frame(runner: P
         assert int(runner._lm_state.position[0]) == positions[-1]
     runner.leave(0)
 
-    rebuilds = sum(after < before for before, after in zip(positions, positions[1:], strict=False))
+    rebuilds = sum(after < before for before, after in pairwise(positions))
     assert rebuilds >= 3
     assert max(positions) < CONTEXT - 1
 

@@ -25,9 +25,9 @@ class _Step:
     def __init__(self, qkv: Tensor, out: Tensor, gate_in: Tensor, gate_out: Tensor) -> None:
         self.qkv, self.out, self.gate_in, self.gate_out = Linear(qkv), Linear(out), Linear(gate_in), Linear(gate_out)
 
-    def pack(self) -> None:
+    def pack(self, rows: int) -> None:
         for matrix in (self.qkv, self.out, self.gate_in, self.gate_out):
-            matrix.pack()
+            matrix.pack(rows)
 
 
 class _Layer:
@@ -60,9 +60,9 @@ class _Layer:
                 named[f"{place}.gating.{step}.{name}.weight"] = Entry(shape, gate)
         return named
 
-    def pack(self) -> None:
+    def pack(self, rows: int) -> None:
         for step in self.steps:
-            step.pack()
+            step.pack(rows)
         self._qkv = self._out = self.norm1.new_empty(0)
         self._gates.clear()
 
@@ -99,11 +99,11 @@ class Depformer:
                 named[f"{name}.{j}.weight"] = Entry(shape, stack[j] if j < len(stack) else None)
         return named
 
-    def pack(self) -> None:
+    def pack(self, rows: int) -> None:
         for layer in self._layers:
-            layer.pack()
+            layer.pack(rows)
         for matrix in (self._input, *self._head):
-            matrix.pack()
+            matrix.pack(rows)
         self._inputs = self._heads = self._tables.new_empty(0)
 
     def run(self, hidden: Tensor, text: Tensor, draw: Draw, steps: int = CODEBOOKS) -> Tensor:

@@ -13,6 +13,7 @@ from app.engine.personaplex.model.linear import Linear
 from app.engine.personaplex.model.sampling import Choice, draw, gumbel
 from app.engine.personaplex.model.transformer import Transformer
 
+
 @dataclass
 class LmState:
     """Where every row is in its call. A cleared row is one that no call has.
@@ -86,12 +87,12 @@ class Lm:
             named[f"emb.{k}.weight"] = Entry((c.card + 1, c.dim), table)
         return named | self.transformer.entries() | self.depformer.entries()
 
-    def pack(self) -> None:
-        """Once, when the weights are there."""
-        self._text_head.pack()
+    def pack(self, rows: int = 1) -> None:
+        """Once, when the weights are there; `rows` is how many will step together."""
+        self._text_head.pack(rows)
         self._text_weight = self._text_weight.new_empty(0)
-        self.transformer.pack()
-        self.depformer.pack()
+        self.transformer.pack(rows)
+        self.depformer.pack(rows)
 
     def embed(self, columns: Tensor) -> Tensor:
         """The inputs [T, D] of columns int64 [T, 17]: audio first and text last, the order that bfloat16 rounds in."""

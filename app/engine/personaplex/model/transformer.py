@@ -75,10 +75,10 @@ class _Layer:
         named[f"{place}.norm2.alpha"] = Entry((1, 1, dim), self.norm2)
         return named
 
-    def pack(self) -> None:
+    def pack(self, rows: int) -> None:
         self._raw.clear()
         for matrix in (self.qkv, self.out, self.gate_in, self.gate_out):
-            matrix.pack()
+            matrix.pack(rows)
 
 
 class Transformer:
@@ -98,9 +98,9 @@ class Transformer:
             named |= layer.entries(f"transformer.layers.{index}")
         return named
 
-    def pack(self) -> None:
+    def pack(self, rows: int) -> None:
         for layer in self._layers:
-            layer.pack()
+            layer.pack(rows)
 
     def step(self, x: Tensor, kv: Tensor, position: Tensor, longest: int) -> Tensor:
         """One position of every row.
