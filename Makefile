@@ -5,6 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# Not in the lock files: which build of torch is right depends on the machine, and the default one on Linux brings
+# gigabytes for NVIDIA's GPUs. A CPU build of this version that is in .venv already is kept.
+TORCH := torch==2.13.0
+GPU_PARTS := cuda-bindings cuda-toolkit nvidia-cudnn-cu13 nvidia-cusparselt-cu13 nvidia-nccl-cu13 \
+  nvidia-nvshmem-cu13 triton
+LOCK = printf '%s\n' $(GPU_PARTS) | $(BIN)/uv pip compile -q --universal --generate-hashes --python-version 3.11 \
+  --no-emit-index-url --no-emit-package torch --excludes - --custom-compile-command "make lock" pyproject.toml
+
 .PHONY: demo test test-slow setup lint format lock clean
 
 demo: $(VENV)/.demo  ## a phone call is answered, on this machine
@@ -33,11 +41,10 @@ format: $(VENV)/.test
 
 lock: $(VENV)/.test  ## pin again what pyproject.toml allows
 	$(PIP) install -q uv
-	$(BIN)/uv pip compile -q --universal --generate-hashes --python-version 3.11 --no-emit-index-url \
-	  --custom-compile-command "make lock" --extra cascade --extra postgres pyproject.toml -o requirements.lock
-	$(BIN)/uv pip compile -q --universal --generate-hashes --python-version 3.11 --no-emit-index-url \
-	  --custom-compile-command "make lock" --extra cascade --extra postgres --extra test pyproject.toml \
-	  -c requirements.lock -o requirements-test.lock
+	$(LOCK) --extra cascade --extra postgres -o requirements.lock
+	$(LOCK) --extra personaplex --extra postgres -c requirements.lock -o requirements-personaplex.lock
+	$(LOCK) --extra cascade --extra personaplex --extra postgres --extra test \
+	  -c requirements.lock -c requirements-personaplex.lock -o requirements-test.lock
 
 clean:
 	rm -rf $(VENV) demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -51,7 +58,9 @@ $(VENV)/.demo: requirements.lock pyproject.toml | $(VENV)/bin/python
 	$(PIP) install -q --no-deps -e .
 	@touch $@
 
-$(VENV)/.test: requirements-test.lock pyproject.toml | $(VENV)/bin/python
+$(VENV)/.test: requirements-test.lock requirements-witness.txt pyproject.toml | $(VENV)/bin/python
 	$(PIP) install -q --require-hashes -r requirements-test.lock
+	$(PIP) install -q $(TORCH)
+	$(PIP) install -q --require-hashes --no-deps -r requirements-witness.txt
 	$(PIP) install -q --no-deps -e .
 	@touch $@ $(VENV)/.demo

@@ -12,7 +12,7 @@ import typer
 from app import __version__
 
 cli = typer.Typer(help="A full-duplex speech model on a phone number.", no_args_is_help=True, add_completion=False)
-download_cli = typer.Typer(help="Get the model files.", no_args_is_help=True)
+download_cli = typer.Typer()
 bench_cli = typer.Typer(help="Measure.", no_args_is_help=True)
 cli.add_typer(download_cli, name="download")
 cli.add_typer(bench_cli, name="bench")
@@ -109,6 +109,54 @@ def call(
 
 
 @cli.command()
+def doctor() -> None:
+    """Look at what PersonaPlex needs: packages, files, token, device, memory. Loads no weights."""
+    from app.doctor import examine
+    from app.settings import SettingsFault, load_settings
+
+    colours = {"OK": typer.colors.GREEN, "WARN": typer.colors.YELLOW, "FAIL": typer.colors.RED}
+    failed = False
+    try:
+        for finding in examine(load_settings()):
+            typer.secho(str(finding), fg=colours[finding.level])
+            failed |= finding.level == "FAIL"
+    except SettingsFault as fault:
+        fail(fault)
+    raise typer.Exit(USERS_FAULT if failed else 0)
+
+
+@cli.command()
+def offline(
+    input_wav: Annotated[list[Path], typer.Option(help="What a caller says; several are answered as one batch.")],
+    output_wav: Annotated[list[Path], typer.Option(help="What the agent says, as long as the input; one for each.")],
+    output_text: Annotated[list[Path], typer.Option(help="Its words as JSON, frame by frame; one for each.")],
+    persona: Annotated[str | None, typer.Option(help="Who answers; the default persona otherwise.")] = None,
+    text_prompt: Annotated[str | None, typer.Option(help="The role, in place of a persona's.")] = None,
+    voice_prompt: Annotated[str | None, typer.Option(help="A voice's name, or a .pt or .wav file.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="PERSONAPLEX_CHECKPOINT otherwise.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cuda, mps or cpu; PERSONAPLEX_DEVICE otherwise.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float32 or float16; PERSONAPLEX_DTYPE.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+) -> None:
+    """Let PersonaPlex answer recordings: wav in (any rate; channels are mixed), wav at 24 kHz and text out."""
+    from app.engine import EngineFault
+    from app.offline import OfflineFault, answer_recordings, pair, role_for
+    from app.personas import PersonaFaults
+    from app.settings import SettingsFault, load_settings
+    from app.wav import WavFault
+
+    try:
+        recordings = pair(input_wav, output_wav, output_text)
+        settings = load_settings(personaplex_checkpoint=checkpoint, personaplex_device=device, personaplex_dtype=dtype)
+        role = role_for(settings, persona, text_prompt, voice_prompt)
+        plan = answer_recordings(settings, recordings, role, seed, greedy)
+    except (SettingsFault, PersonaFaults, OfflineFault, WavFault, EngineFault) as fault:
+        fail(fault)
+    typer.echo(f"answered by {plan}")
+
+
+@cli.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where the recording, transcript and figures go.")] = Path("demo-out"),
 ) -> None:
@@ -149,6 +197,25 @@ def bench_gateway(
 def version() -> None:
     """Say which version this is."""
     typer.echo(__version__)
+
+
+@download_cli.callback(invoke_without_command=True)
+def download(context: typer.Context) -> None:
+    """Get PersonaPlex's model files (17.1 GB, once), or with `cascade` the embedded engine's."""
+    if context.invoked_subcommand is not None:
+        return
+    from app.engine import EngineFault
+    from app.engine.personaplex.voices import unpack_voices
+    from app.settings import SettingsFault, load_settings
+    from app.weights_hub import PERSONAPLEX, HubFault, fetch, usable_token
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        folder = fetch(PERSONAPLEX, usable_token(load_settings().hf_token), typer.echo)
+        unpack_voices(folder / "voices.tgz", folder / "voices")
+    except (SettingsFault, HubFault, EngineFault) as fault:
+        fail(fault)
+    typer.echo(f"ready: {folder}")
 
 
 @download_cli.command("cascade")

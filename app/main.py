@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Callable
 
 from fastapi import FastAPI
@@ -13,36 +12,11 @@ from app.calls import Calls, role_of
 from app.carriers import TwilioDoor, twilio_router
 from app.console.pages import console_router
 from app.engine import Engine, Role, Runner
-from app.engine.echo import EchoRunner
+from app.engine_choice import choose_engine
 from app.metrics import Metrics
-from app.model_files import llm_path
 from app.personas import PersonaFolder
 from app.settings import Settings
 from app.store import Store
-
-ECHO_ROWS = 200
-
-_log = logging.getLogger("personaline")
-
-
-def choose_engine(settings: Settings) -> tuple[str, Callable[[], Runner]]:
-    """The engine's name, and how to make its runner.
-
-    Raises ModelFileFault or EngineFault when what it needs is not there; the message says how to get it.
-    """
-    if settings.engine == "echo":
-        return "echo", lambda: EchoRunner(settings.rows or ECHO_ROWS)
-    from app.engine.cascade.parts import Parts, require_packages
-
-    require_packages()
-    parts = Parts(llm_path(settings.cascade_llm), settings.cascade_asr, settings.cascade_tts, settings.cascade_vad)
-
-    def make() -> Runner:
-        from app.engine.cascade.runner import CascadeRunner
-
-        return CascadeRunner(parts, settings.rows)
-
-    return "cascade", make
 
 
 class Service:

@@ -346,7 +346,9 @@ def _from_hub(model: ModelFile, partial: Path, report: Report) -> None:
         raise _Unavailable("not asked because HF_HUB_OFFLINE is set")
     endpoint = os.environ.get("HF_ENDPOINT") or None
     url = hf_hub_url(model.repo, model.name, revision=model.revision, endpoint=endpoint)
-    token = get_token()
+    token = get_token() or ""
+    # The model is public: a token that could not even be sent is not worth a fault.
+    token = token if token.isascii() else ""
     headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
     try:
         with httpx.Client(headers=headers, follow_redirects=True, timeout=_HUB_TIMEOUT) as client:

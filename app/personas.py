@@ -10,9 +10,9 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails
 from watchfiles import awatch
 
@@ -23,11 +23,11 @@ logger = logging.getLogger("personaline.personas")
 VALUE_LIMIT = 500  # characters of one variable's value
 
 Language = Literal["en"]
-Voice = Literal[
+VOICES = (
     "NATF0", "NATF1", "NATF2", "NATF3", "NATM0", "NATM1", "NATM2", "NATM3",
     "VARF0", "VARF1", "VARF2", "VARF3", "VARF4", "VARM0", "VARM1", "VARM2", "VARM3", "VARM4",
-]  # fmt: skip
-VOICES: tuple[str, ...] = get_args(Voice)
+)  # fmt: skip
+_WAV = r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}\.wav"
 
 _PLACEHOLDER = re.compile(r"\{\{\s*([a-z][a-z0-9_]{0,39})\s*\}\}")
 _BRACES = re.compile(r"\{\{[^{}]*\}\}|\{\{|\}\}")
@@ -41,6 +41,16 @@ def _text(pattern: str, says: str) -> Any:
 Name = Annotated[str, _text(r"^[a-z][a-z0-9_-]{0,39}$", "the file's own name: a-z, then up to 39 of a-z 0-9 _ -")]
 VariableName = Annotated[str, _text(r"^[a-z][a-z0-9_]{0,39}$", "a variable name: a-z, then up to 39 of a-z 0-9 _")]
 PhoneNumber = Annotated[str, _text(r"^\+[1-9][0-9]{6,14}$", 'a number with + and country code such as "+15550100123"')]
+Voice = Annotated[
+    str,
+    Field(pattern=f"^({'|'.join(VOICES)}|{_WAV})$"),
+    WithJsonSchema(
+        {
+            "anyOf": [{"enum": list(VOICES)}, {"type": "string", "pattern": f"^{_WAV}$"}],
+            "patternErrorMessage": f"one of {', '.join(VOICES)}, or a wav file beside this one such as my-voice.wav,",
+        }
+    ),
+]
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=6000)]
 
 
@@ -92,7 +102,9 @@ class Persona(_Strict):
     name: Name = Field(description="The file's name without .yaml.")
     summary: str = Field(default="", max_length=200, description="One line for lists and pages. Never spoken.")
     voice: Voice = Field(
-        default="NATF2", description="One of PersonaPlex's voices: NAT natural, VAR varied; F female, M male."
+        default="NATF2",
+        description="One of PersonaPlex's voices (NAT natural, VAR varied; F female, M male), or a wav file beside "
+        "this one with half a second or more of the voice.",
     )
     language: Language = Field(default="en", description="The language spoken.")
     prompt: Prompt = Field(
@@ -298,6 +310,7 @@ def _persona(document: Document) -> Persona | None:
         for details in error.errors(include_url=False):
             _add(document, details)
     _judge_name(document, document.data)
+    _judge_voice(document, document.data)
     _judge_placeholders(document, document.data)
     _judge_required(document, document.data)
     return None if document.faults else persona
@@ -307,6 +320,12 @@ def _judge_name(document: Document, data: Mapping[str, Any]) -> None:
     name = data.get("name")
     if isinstance(name, str) and name != document.path.stem:
         document.add(("name",), f"found {found(name)}; {document.path.stem!r}, the file's own name, is right")
+
+
+def _judge_voice(document: Document, data: Mapping[str, Any]) -> None:
+    voice = data.get("voice")
+    if isinstance(voice, str) and re.fullmatch(_WAV, voice) and not (document.path.parent / voice).is_file():
+        document.add(("voice",), f"found {found(voice)}; there is no such file in {document.path.parent}")
 
 
 def _judge_placeholders(document: Document, data: Mapping[str, Any]) -> None:

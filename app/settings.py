@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from app.store import database_url as to_database_url
 
 _HERE = Path(__file__).resolve().parent.parent
-_SECRETS = {"TWILIO_AUTH_TOKEN"}
+_SECRETS = {"TWILIO_AUTH_TOKEN", "HF_TOKEN"}
 
 
 class SettingsFault(Exception):
@@ -37,9 +37,12 @@ def _absent(value: object) -> object:
     return None if value == "" else value
 
 
+Device = Literal["auto", "cuda", "mps", "cpu"]
+Dtype = Literal["auto", "bfloat16", "float32", "float16"]
 PublicUrl = Annotated[str, AfterValidator(_public_url)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_absent)]
 OptionalText = Annotated[str | None, BeforeValidator(_absent)]
+OptionalSecret = Annotated[SecretStr | None, BeforeValidator(_absent)]
 
 
 class Settings(BaseSettings):
@@ -47,8 +50,8 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_file_encoding="utf-8")
 
-    engine: Annotated[Literal["auto", "cascade", "echo"], BeforeValidator(_lower)] = Field(
-        default="auto", description="auto, cascade or echo"
+    engine: Annotated[Literal["auto", "personaplex", "cascade", "echo"], BeforeValidator(_lower)] = Field(
+        default="auto", description="auto, personaplex, cascade or echo"
     )
     rows: int | None = Field(default=None, ge=1, le=1024, description="calls at once, 1 to 1024")
     host: str = Field(default="127.0.0.1", min_length=1, description="an address to listen on, such as 127.0.0.1")
@@ -64,10 +67,19 @@ class Settings(BaseSettings):
         default="info", description="debug, info, warning or error"
     )
     twilio_account_sid: OptionalText = Field(default=None, description="AC and 32 hexadecimal digits")
-    twilio_auth_token: Annotated[SecretStr | None, BeforeValidator(_absent)] = Field(
-        default=None, description="the account's primary auth token"
-    )
+    twilio_auth_token: OptionalSecret = Field(default=None, description="the account's primary auth token")
     dev_allow_unsigned: bool = Field(default=False, description="1 for local trials only, else 0")
+    hf_token: OptionalSecret = Field(default=None, description="a Hugging Face access token")
+    personaplex_checkpoint: OptionalPath = Field(default=None, description="a folder with PersonaPlex's weights")
+    personaplex_device: Annotated[Device, BeforeValidator(_lower)] = Field(
+        default="auto", description="auto, cuda, mps or cpu"
+    )
+    personaplex_dtype: Annotated[Dtype, BeforeValidator(_lower)] = Field(
+        default="auto", description="auto, bfloat16, float32 or float16"
+    )
+    personaplex_window: Annotated[Literal["rebuild", "slide"], BeforeValidator(_lower)] = Field(
+        default="rebuild", description="rebuild or slide"
+    )
     cascade_llm: OptionalPath = Field(default=None, description="a GGUF chat model")
     cascade_asr: OptionalPath = Field(default=None, description="a folder with a moonshine tiny model")
     cascade_tts: OptionalPath = Field(default=None, description="a hibari voice (.onnx)")

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from app.settings import Settings
+from app.weights_hub import PERSONAPLEX
+from tests.fake_hub import FakeModelRepo, serving
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,6 +25,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
         "ENGINE": "echo",
         "DATABASE_URL": f"sqlite:///{tmp_path / 'calls.db'}",
         "PERSONALINE_CACHE": str(tmp_path / "models"),
+        "HF_HOME": str(tmp_path / "huggingface"),
         "PYTHONPATH": str(ROOT),
         "NO_COLOR": "1",
     }
@@ -106,6 +109,45 @@ def test_a_missing_model_names_the_command_that_gets_it(environment: dict[str, s
     fault = one_fault(personaline(environment | {"ENGINE": "cascade"}, "serve", "--port", "8978"))
 
     assert "personaline download cascade" in fault
+
+
+def test_personaplex_without_its_weights_names_the_command_that_gets_them(environment: dict[str, str]) -> None:
+    fault = one_fault(personaline(environment | {"ENGINE": "personaplex"}, "serve", "--port", "8979"))
+
+    assert "personaline download" in fault
+
+
+def test_download_alone_fetches_personaplex_and_says_in_one_line_why_it_cannot(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text("HF_TOKEN=hf_abc\u2026\n")
+    malformed = one_fault(personaline(environment, "download", cwd=tmp_path))
+    with serving(FakeModelRepo(repo=PERSONAPLEX.repo, commit=PERSONAPLEX.revision, token="hf_right")) as hub:
+        asked = environment | {"HF_ENDPOINT": hub.url}
+        nameless = one_fault(personaline(asked, "download"))
+        refused = one_fault(personaline(asked | {"HF_TOKEN": "hf_wrong"}, "download"))
+        hub.refusal = (403, "GatedRepo", "Access to this model is restricted.")
+        not_accepted = one_fault(personaline(asked | {"HF_TOKEN": "hf_right"}, "download"))
+    unreachable = one_fault(personaline(asked, "download"))
+
+    assert "HF_TOKEN is malformed: it holds U+2026" in malformed
+    assert "The hub wants to know who asks" in nameless
+    assert "The hub refuses the token (401)" in refused
+    assert f"accept the licence of {PERSONAPLEX.repo} on {PERSONAPLEX.page}" in not_accepted
+    assert "cannot be reached" in unreachable
+
+
+def test_offline_says_in_one_line_what_it_cannot_use(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "text.wav").write_text("not a recording")
+    outputs = ["--output-wav", "out.wav", "--output-text", "out.json"]
+    given = environment | {"ENGINE": "personaplex"}
+    recording = ROOT / "app" / "simulate" / "recordings" / "hours.wav"
+
+    broken = one_fault(personaline(given, "offline", "--input-wav", "text.wav", *outputs, cwd=tmp_path))
+    without = one_fault(personaline(given, "offline", "--input-wav", str(recording), *outputs, cwd=tmp_path))
+
+    assert "text.wav: found a file that begins with" in broken
+    assert "personaline download" in without
 
 
 def test_a_recording_of_the_wrong_kind_is_named_and_nobody_is_called(

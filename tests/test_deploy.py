@@ -14,6 +14,7 @@ KNOWN = {name.upper() for name in Settings.model_fields}
 STANDARD = {
     *("ENGINE", "HOST", "PORT", "PUBLIC_URL", "DATABASE_URL", "PERSONAS_DIR", "LOG_LEVEL"),
     *("TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN", "DEV_ALLOW_UNSIGNED", "CASCADE_LLM"),
+    *("HF_TOKEN", "ROWS", "PERSONAPLEX_CHECKPOINT"),
 }
 
 Steps = list[tuple[str, str]]
@@ -63,6 +64,7 @@ def test_the_example_can_be_copied_as_it_is_and_with_every_line_taken(
 
     assert load_settings(tmp_path / "as-it-is") == defaults
     forms = {"public_url": None, "cascade_llm": None, "personas_dir": defaults.personas_dir}
+    forms |= {"rows": None, "personaplex_checkpoint": None}
     assert taken.model_copy(update=forms) == defaults
 
 
@@ -86,22 +88,29 @@ def test_everything_the_image_copies_is_there_and_sent_to_the_builder() -> None:
     assert [source for source in sorted(sources) if not (ROOT / source).exists()] == []
 
 
-@pytest.mark.parametrize(("one", "other"), [("build-cpu", "build-cuda"), ("cpu", "cuda")])
-def test_both_targets_are_made_alike(one: str, other: str) -> None:
-    """They differ in their base, its packages and what the label says."""
+def test_the_cuda_image_is_the_cpu_image_and_what_personaplex_needs() -> None:
+    bases = dict(re.findall(r"^FROM (\S+) AS (\S+)$", (DEPLOY / "Dockerfile").read_text(), flags=re.M))
+    installed = [rest.partition(" install ")[2] for word, rest in stages()["build-cuda"] if word == "RUN"]
+    pinned = re.search(r"^TORCH := (\S+)$", (ROOT / "Makefile").read_text(), flags=re.M)
 
-    def alike(stage: str) -> Steps:
-        kept = [step for step in stages()[stage] if step[0] != "LABEL" and not step[1].startswith("apt-get")]
-        return [(word, rest.replace("-cuda", "-cpu")) for word, rest in kept]
+    assert {bases["build-cpu"], bases["cpu"]} == {"build-cuda", "cuda"}
+    assert pinned is not None
+    assert installed == ["--require-hashes -r requirements-personaplex.lock", pinned[1]]
+    assert ("COPY", "--from=build-cuda /opt/personaline /opt/personaline") in stages()["cuda"]
 
-    assert alike(one) == alike(other)
+
+def test_the_locks_leave_torch_and_what_it_brings_for_gpus_to_the_machine() -> None:
+    for name in ("requirements.lock", "requirements-personaplex.lock", "requirements-test.lock"):
+        pinned = re.findall(r"^([a-z0-9_.-]+)==", (ROOT / name).read_text(), flags=re.M)
+        assert [package for package in pinned if package.startswith(("torch", "nvidia", "cuda", "triton"))] == []
+        assert ("sentencepiece" in pinned) is (name != "requirements.lock")
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 def test_the_image_starts_as_an_ordinary_user_with_settings_that_hold(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = stages()[target]
+    steps = stages()["cpu"] + (stages()["cuda"] if target == "cuda" else [])
     words = [word for word, _ in steps]
     environment = dict(pair.split("=", 1) for word, rest in steps if word == "ENV" for pair in rest.split())
     for name in KNOWN:

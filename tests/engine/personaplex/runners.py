@@ -19,11 +19,17 @@ CAPTAIN = Role("captain", "You are the captain. The ferry leaves at seven.", voi
 SHORT = Role("short", "You help.", text_temperature=0.0, audio_temperature=0.0)
 
 
-def tiny_runner(checkpoint: Path, count: int, window: Window = "rebuild", seed: int | None = 1) -> PersonaPlexRunner:
+def tiny_runner(
+    checkpoint: Path,
+    count: int,
+    window: Window = "rebuild",
+    seed: int | None = 1,
+    dtype: torch.dtype = torch.float32,
+) -> PersonaPlexRunner:
     found = find_checkpoint(checkpoint)
     voices = unpack_voices(found.voices, checkpoint / "voices") if found.voices.is_file() else found.voices
     return PersonaPlexRunner(
-        found, count, torch.device("cpu"), torch.float32, lambda name: voice_file(voices, name), window, seed
+        found, count, torch.device("cpu"), dtype, lambda name: voice_file(voices, name), window, seed
     )
 
 

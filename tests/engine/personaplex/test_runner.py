@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from app.engine.contract import FRAME_SAMPLES, Role, Spoken
+from app.engine.contract import FRAME_SAMPLES, EngineFault, Role, Spoken
+from app.engine.personaplex.model.weights import TOKENIZER_NAME, find_checkpoint
 from app.engine.personaplex.runner import PersonaPlexRunner
-from tests.engine.personaplex.runners import CAPTAIN, HARBOUR, SHORT, Call, Stage, same_speech, tiny_runner
-from tests.engine.tiny import make_tiny_checkpoint
+from tests.engine.personaplex.runners import CAPTAIN, HARBOUR, SHORT, Call, Stage, same_speech, sound, tiny_runner
+from tests.engine.tiny import make_tiny_checkpoint, tiny_tokenizer
 
 ROWS = 3
 CONTEXT = 112
@@ -77,12 +79,16 @@ calls = st.builds(
 )
 
 
-@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=5,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(played=st.lists(st.tuples(calls, st.integers(0, 40)), min_size=3, max_size=5), data=st.data())
 def test_joins_leaves_skips_handoffs_and_rebuilds_never_change_what_another_row_says(
     runner: PersonaPlexRunner, played: list[tuple[Call, int]], data: st.DataObject
 ) -> None:
-    """Freed rows are full of NaN, so a memory that is read by its next owner would be heard as well."""
+    """Nor do the ticks that a row itself skips. Freed rows are full of NaN: whoever read them would sound of it."""
     stage = Stage(runner)
     waiting, heard = list(played), []
     pause = 0
@@ -94,7 +100,7 @@ def test_joins_leaves_skips_handoffs_and_rebuilds_never_change_what_another_row_
         pause = max(0, pause - 1)
 
     for (call, _), said in zip(played, heard, strict=True):
-        assert same_speech(said, Stage(runner).alone(0, call)), call
+        assert same_speech(said, Stage(runner).alone(0, replace(call, skips=frozenset()))), call
 
 
 def test_a_long_call_keeps_its_prompt_in_the_window_and_drops_no_frame(runner: PersonaPlexRunner) -> None:
@@ -115,6 +121,18 @@ def test_a_long_call_keeps_its_prompt_in_the_window_and_drops_no_frame(runner: P
     assert max(positions) < CONTEXT - 1
 
 
+def test_calls_that_are_due_together_are_each_rebuilt_as_if_alone(runner: PersonaPlexRunner) -> None:
+    """They began together, so only one can be read beforehand: the others' turn costs time, and nothing else."""
+    played = [Call(number, role, 100) for number, role in enumerate((HARBOUR, HARBOUR, CAPTAIN))]
+    stage = Stage(runner)
+    heard = [stage.begin(row, call) for row, call in enumerate(played)]
+    while len(stage.free) < ROWS:
+        stage.tick()
+
+    for call, said in zip(played, heard, strict=True):
+        assert same_speech(said, Stage(runner).alone(2 - call.number, call))
+
+
 def test_a_sliding_window_goes_on_without_end_too(checkpoint: Path) -> None:
     sliding = tiny_runner(checkpoint, 1, window="slide")
     sliding.warm_up([])
@@ -127,7 +145,7 @@ def test_a_sliding_window_goes_on_without_end_too(checkpoint: Path) -> None:
 def test_up_to_its_rebuild_a_call_says_what_a_sliding_one_says_and_then_something_else(checkpoint: Path) -> None:
     said = []
     for window in ("rebuild", "slide"):
-        runner = tiny_runner(checkpoint, 1, window=window)  # type: ignore[arg-type]
+        runner = tiny_runner(checkpoint, 1, window=window)
         runner.warm_up([])
         said.append(Stage(runner).alone(0, Call(1, HARBOUR, 2 * CONTEXT)))
 
@@ -222,6 +240,53 @@ def test_a_prompt_with_other_variables_reads_only_what_changed(runner: PersonaPl
 
 def test_a_prompt_that_is_kept_is_not_read_again(runner: PersonaPlexRunner) -> None:
     assert runner._prefix(HARBOUR) is runner._prefix(replace(HARBOUR, greeting="Hello."))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_answers_too_and_agrees_with_full(checkpoint: Path, dtype: torch.dtype) -> None:
+    """Free-running words part soon in another precision; the prompt's last hidden state shows the same model."""
+    half, full = tiny_runner(checkpoint, 1, dtype=dtype), tiny_runner(checkpoint, 1)
+    for runner in (half, full):
+        runner.warm_up([])
+    said = Stage(half).alone(0, Call(1, HARBOUR, 12))
+
+    assert all(np.isfinite(frame.pcm).all() for frame in said)
+    assert half._prefix(HARBOUR).kv.dtype == dtype
+    one, other = (runner._prefix(HARBOUR).hidden[0].float() for runner in (half, full))
+    assert torch.cosine_similarity(one, other, dim=0) > 0.999
+
+
+def test_a_voice_that_is_gone_stops_the_start_but_not_a_call(
+    runner: PersonaPlexRunner, checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A persona may be changed while the service runs; its callers are answered all the same."""
+    voiceless = replace(HARBOUR, voice="NATF9")
+
+    with pytest.raises(EngineFault, match="NATF9"):
+        tiny_runner(checkpoint, 1).warm_up([voiceless])
+    assert len(Stage(runner).alone(0, Call(1, voiceless, 3))) == 3
+    assert "persona harbour speaks with the voice NATF2 instead" in caplog.text
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "checkpoint")
+    (folder / TOKENIZER_NAME).write_bytes(tiny_tokenizer(410))
+
+    with pytest.raises(EngineFault, match="410 tokens where the model has 400"):
+        tiny_runner(folder, 1).warm_up([])
+
+
+def test_a_voice_from_a_recording_speaks(checkpoint: Path) -> None:
+    speech = np.concatenate([sound(9, frame) for frame in range(10)])[:-100]
+    runner = PersonaPlexRunner(
+        find_checkpoint(checkpoint), 1, torch.device("cpu"), torch.float32, lambda _: speech, seed=1
+    )
+    runner.warm_up([HARBOUR])
+
+    said = Stage(runner).alone(0, Call(1, HARBOUR, 5))
+
+    assert runner._prompt_frames[0] == 10 + 6 + len(runner._tokenizer.role(HARBOUR.prompt)) + 6
+    assert len(said) == 5
 
 
 def test_arrays_of_another_shape_are_refused(runner: PersonaPlexRunner) -> None:

@@ -34,7 +34,8 @@ def clear(state: Any, row: int) -> None:
 
 def snapshot(state: State, row: int) -> State:
     """A copy of one row as a state of its own, with a single row."""
-    return _rebuilt(state, row)
+    copy: State = _rebuilt(state, row)
+    return copy
 
 
 def restore(state: State, row: int, kept: State) -> None:
