@@ -8,7 +8,9 @@ another persona's prompt.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from app.engine.personaplex.model.lm import Lm, LmState
@@ -39,7 +41,7 @@ class Rebuilder:
     all that is missing is read in that tick.
     """
 
-    def __init__(self, lm: Lm, state: LmState, positions: list[int], prompt_frames: list[int]) -> None:
+    def __init__(self, lm: Lm, state: LmState, positions: NDArray[np.int64], prompt_frames: NDArray[np.int64]) -> None:
         """`positions` and `prompt_frames` [S] are the runner's own: each row's next position, and its prompt's end."""
         self._lm, self._state = lm, state
         self._positions, self._prompt_frames = positions, prompt_frames
@@ -64,7 +66,7 @@ class Rebuilder:
         ticks = -(-kept // (CHUNK_FRAMES - 1))
         near = self._positions[row] >= due - 2 * ticks
         if near and kept > 0 and not any(job.row == row for job in self._jobs):
-            first = max(due - kept, self._prompt_frames[row])
+            first = max(due - kept, int(self._prompt_frames[row]))
             self._jobs.append(_Job(row, prefix, first, due))
 
     def hand_off(self, row: int, prefix: Prefix) -> bool:
@@ -73,8 +75,8 @@ class Rebuilder:
         room = self._ring - self._spread - len(prefix.prompt)
         if room <= 0:
             return False
-        now = self._positions[row]
-        held = min(now - self._prompt_frames[row], self._ring - 1)
+        now = int(self._positions[row])
+        held = min(now - int(self._prompt_frames[row]), self._ring - 1)
         self._jobs.append(_Job(row, prefix, now - min(held, room, HANDOFF_FRAMES), now))
         return True
 
@@ -98,7 +100,7 @@ class Rebuilder:
             self._holder, job.done = job, length
             self._spare[:, :, :, :length] = job.prefix.kv
         begin = job.first + job.done - length
-        end = min(self._positions[job.row], begin + most)
+        end = min(int(self._positions[job.row]), begin + most)
         if begin < end:
             self._lm.transformer.extend(self._lm.embed(self._columns(job.row, begin, end)), self._spare, job.done)
             job.done += end - begin
@@ -109,7 +111,7 @@ class Rebuilder:
 
     def _change_over(self, job: _Job) -> None:
         state, row, length = self._state, job.row, len(job.prefix.prompt)
-        kept = self._columns(row, job.first, self._positions[row])
+        kept = self._columns(row, job.first, int(self._positions[row]))
         state.kv[row, :, :, :, : job.done] = self._spare[:, :, :, : job.done]
         state.history[row, length : job.done] = kept.to(torch.int16)
         state.position[row] = job.done

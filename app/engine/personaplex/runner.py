@@ -51,14 +51,26 @@ class PersonaPlexRunner:
         self._checkpoint, self._device, self._dtype = checkpoint, device, dtype
         self._voice_source, self._window, self._seed = voice, window, seed
         self._seats: list[Seat | None] = [None] * rows
-        self._positions = [0] * rows
-        self._prompt_frames = [0] * rows
+        self._positions = np.zeros(rows, np.int64)
+        self._prompt_frames = np.zeros(rows, np.int64)
+        self._ranks = np.ones((rows, 2), np.int64)
         self._voices: dict[str, Voice] = {}
         self._ready = False
         self._tokenizer: Tokenizer
 
     def warm_up(self, roles: Sequence[Role]) -> None:
         """Load the weights, read these roles' prompts and run one empty step. Raises EngineFault."""
+        try:
+            self._load()
+            for role in roles:
+                self._prefix(role)
+            self._advance(np.zeros((self.rows, FRAME_SAMPLES), np.float32), np.zeros(self.rows, np.bool_))
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition("\n")[0]
+            raise EngineFault(f"{reason}; fewer ROWS take less, and personaline doctor says how many fit") from error
+        self._ready = bool(self._voices)
+
+    def _load(self) -> None:
         checkpoint, device = self._checkpoint, self._device
         self._tokenizer = Tokenizer(checkpoint.tokenizer)
         if self._tokenizer.size != checkpoint.lm.text_card:
@@ -75,10 +87,6 @@ class PersonaPlexRunner:
         self._silenced = self._after_silence()
         self._prefixes = PrefixCache(self._lm)
         self._rebuilder = Rebuilder(self._lm, self._lm_state, self._positions, self._prompt_frames)
-        for role in roles:
-            self._prefix(role)
-        self._advance(np.zeros((self.rows, FRAME_SAMPLES), np.float32), np.zeros(self.rows, np.bool_))
-        self._ready = bool(self._voices)
 
     def join(self, row: int, role: Role) -> None:
         prefix = self._prefix(role)
@@ -93,7 +101,7 @@ class PersonaPlexRunner:
             seat.queue(role.greeting, GREETING_WITHIN_MS)
             self._guide_row(row, seat)
         self._place(row, prefix)
-        open_call(self._lm, self._lm_state, row, prefix, _reach_of(role))
+        open_call(self._lm, self._lm_state, row, prefix, Reach(1, *map(int, self._ranks[row])))
 
     def leave(self, row: int) -> None:
         self._seats[row] = None
@@ -121,10 +129,10 @@ class PersonaPlexRunner:
         for row, seat in self._seated():
             self._guide_row(row, seat)
         speech, tokens, taken = self._advance(pcm, active)
+        self._positions += active
         spoken: list[Spoken | None] = [None] * self.rows
         for row, seat in self._seated():
             if active[row]:
-                self._positions[row] += 1
                 spoken[row] = seat.frame(speech[row], int(tokens[row]), int(taken[row]))
         return spoken
 
@@ -151,14 +159,8 @@ class PersonaPlexRunner:
         return speech.cpu().numpy(), words[0], words[1]
 
     def _reach(self, active: NDArray[np.bool_]) -> Reach:
-        reaches = [_reach_of(seat.role, self._positions[row] + 1) for row, seat in self._seated() if active[row]]
-        if not reaches:
-            return Reach(1, 1, 1)
-        return Reach(
-            max(reach.longest for reach in reaches),
-            max(reach.text_ranks for reach in reaches),
-            max(reach.audio_ranks for reach in reaches),
-        )
+        text_ranks, audio_ranks = self._ranks[active].max(axis=0, initial=1)
+        return Reach(int(self._positions[active].max(initial=0)) + 1, int(text_ranks), int(audio_ranks))
 
     def _seated(self) -> list[tuple[int, Seat]]:
         return [(row, seat) for row, seat in enumerate(self._seats) if seat is not None]
@@ -194,6 +196,10 @@ class PersonaPlexRunner:
         self._positions[row] = self._prompt_frames[row] = len(prefix.prompt)
 
     def _choose_as(self, row: int, role: Role) -> None:
+        self._ranks[row] = (
+            role.text_top_k if role.text_temperature > 0 else 1,
+            role.audio_top_k if role.audio_temperature > 0 else 1,
+        )
         choice = self._lm_state.choice
         choice.text_temperature[row], choice.text_top_k[row] = role.text_temperature, role.text_top_k
         choice.audio_temperature[row], choice.audio_top_k[row] = role.audio_temperature, role.audio_top_k
@@ -213,11 +219,3 @@ class PersonaPlexRunner:
         silence = torch.tensor([self._lm.config.silence_tokens], device=self._device)
         self._mimi.decode(state, silence, torch.ones(1, dtype=torch.bool, device=self._device))
         return state.decoder
-
-
-def _reach_of(role: Role, positions: int = 1) -> Reach:
-    return Reach(
-        positions,
-        role.text_top_k if role.text_temperature > 0 else 1,
-        role.audio_top_k if role.audio_temperature > 0 else 1,
-    )
