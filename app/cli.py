@@ -136,7 +136,7 @@ def offline(
     checkpoint: Annotated[Path | None, typer.Option(help="PERSONAPLEX_CHECKPOINT otherwise.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cuda, mps or cpu; PERSONAPLEX_DEVICE otherwise.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float32 or float16; PERSONAPLEX_DTYPE.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same answer.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
 ) -> None:
     """Let PersonaPlex answer recordings: wav in (any rate; channels are mixed), wav at 24 kHz and text out."""

@@ -84,7 +84,8 @@ def _no_device(wanted: str) -> str:
         return f"this torch ({torch.__version__}) was built without CUDA: install the build that pytorch.org names"
     if has_nvidia:
         return f"torch {torch.__version__} needs a driver for CUDA {torch.version.cuda}, and finds none: update it"
-    return f"there is no {sought} here, and PersonaPlex needs one: ENGINE=cascade runs without"
+    others = "ENGINE=cascade answers calls without; PERSONAPLEX_DEVICE=cpu is for recordings, far slower than speech"
+    return f"there is no {sought} here, and PersonaPlex needs one: {others}"
 
 
 def _free_ram_bytes() -> int:

@@ -149,9 +149,13 @@ class Engine:
                 due_s += math.floor(behind) * BEAT_S
 
     def _tick(self) -> None:
-        while self._orders:
-            self._orders.popleft()()
-        leases = self._slots.take(self._pcm, self._active)
+        # Together, so that nobody's frame is taken whose join is still to come.
+        with self._ordering:
+            orders = [*self._orders]
+            self._orders.clear()
+            leases = self._slots.take(self._pcm, self._active)
+        for order in orders:
+            order()
         if leases:
             spoken = self._runner.step(self._pcm, self._active)
             self._deliver([(lease, frame) for lease in leases if (frame := spoken[lease.row]) is not None])

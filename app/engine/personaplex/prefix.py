@@ -14,11 +14,12 @@ from torch import Tensor
 from app.engine.personaplex.model import rows
 from app.engine.personaplex.model.config import CODEBOOKS, COLUMN_ROWS, PAD, LmConfig
 from app.engine.personaplex.model.lm import Lm, LmState, Reach
+from app.engine.personaplex.sizes import HOT_FRAMES
 from app.engine.personaplex.voices import PackedVoice, Voice
 
-HOST_PREFIXES = 32
-HOT_PREFIXES = 8
-"""Copies kept on the GPU: a call of one of these personas starts without a transfer from the host."""
+COLD_FRAMES = 4_000
+"""Frames kept on the host, 2 GB in bfloat16."""
+_Key = tuple[int, tuple[int, ...]]
 _UNKNOWN = -2
 _AGENT = slice(1, 1 + CODEBOOKS)
 _AGENT_ACOUSTICS = slice(2, 1 + CODEBOOKS)
@@ -100,12 +101,12 @@ class Prefix:
 
 
 class PrefixCache:
-    """The prefixes of the latest prompts: on the host, the hottest also on the device. Engine thread only."""
+    """The prefixes of the latest prompts: the hottest on the device, colder ones on the host. Engine thread only."""
 
     def __init__(self, lm: Lm) -> None:
         self._lm = lm
-        self._kept: OrderedDict[tuple[int, tuple[int, ...]], Prefix] = OrderedDict()
-        self._hot: OrderedDict[int, Prefix] = OrderedDict()
+        self._hot: OrderedDict[_Key, Prefix] = OrderedDict()
+        self._cold: OrderedDict[_Key, Prefix] = OrderedDict()
 
     def of(self, voice: Voice, text: Sequence[int]) -> Prefix:
         """The prefix of this voice and role, on the device: kept, or read now in one pass.
@@ -113,16 +114,19 @@ class PrefixCache:
         Where the beginning is that of a prefix that is kept, only the rest is read.
         """
         key = (id(voice), tuple(text))
-        kept = self._kept.get(key)
-        if kept is None:
-            kept = self._keep(key, self.read(build_prompt(self._lm.config, voice, text)))
-        self._kept.move_to_end(key)
-        return self._heated(kept)
+        prefix = self._hot.pop(key, None)
+        if prefix is None:
+            cold = self._cold.pop(key, None)
+            prefix = self._moved(cold) if cold else self.read(build_prompt(self._lm.config, voice, text))
+        self._hot[key] = prefix
+        self._make_room()
+        return prefix
 
     def read(self, prompt: Prompt) -> Prefix:
         """One parallel pass over what no kept prefix shares. Blocks for its length: some ten milliseconds on a GPU."""
         lm, length = self._lm, len(prompt)
-        base = max(self._kept.values(), key=lambda kept: kept.prompt.shared(prompt), default=None)
+        kept = [*self._hot.values(), *self._cold.values()]
+        base = max(kept, key=lambda one: one.prompt.shared(prompt), default=None)
         # The last position is always read again: its hidden state is what a call opens from.
         start = min(base.prompt.shared(prompt), length - 1) if base is not None else 0
         c = lm.config
@@ -133,29 +137,22 @@ class PrefixCache:
         hidden = lm.transformer.extend(inputs(lm, prompt)[start:], kv, start)
         return Prefix(prompt, kv, hidden[-1:].clone())
 
-    def _keep(self, key: tuple[int, tuple[int, ...]], prefix: Prefix) -> Prefix:
-        """Keep a copy on the host, in pinned memory where a GPU reads it."""
-        on_host = prefix
-        if self._lm.device.type != "cpu":
+    def _moved(self, prefix: Prefix) -> Prefix:
+        return Prefix(prefix.prompt, prefix.kv.to(self._lm.device), prefix.hidden)
+
+    def _make_room(self) -> None:
+        """The one used last stays hot whatever its length."""
+        while len(self._hot) > 1 and _frames(self._hot) > HOT_FRAMES:
+            key, prefix = self._hot.popitem(last=False)
             kv = prefix.kv.cpu()
             kv = kv.pin_memory() if self._lm.device.type == "cuda" else kv
-            on_host = Prefix(prefix.prompt, kv, prefix.hidden)
-            self._hot[id(on_host)] = prefix
-        self._kept[key] = on_host
-        if len(self._kept) > HOST_PREFIXES:
-            _, oldest = self._kept.popitem(last=False)
-            self._hot.pop(id(oldest), None)
-        return on_host
+            self._cold[key] = Prefix(prefix.prompt, kv, prefix.hidden)
+        while _frames(self._cold) > COLD_FRAMES:
+            self._cold.popitem(last=False)
 
-    def _heated(self, kept: Prefix) -> Prefix:
-        if kept.kv.device == self._lm.device:
-            return kept
-        hot = self._hot.get(id(kept)) or Prefix(kept.prompt, kept.kv.to(self._lm.device), kept.hidden)
-        self._hot[id(kept)] = hot
-        self._hot.move_to_end(id(kept))
-        if len(self._hot) > HOT_PREFIXES:
-            self._hot.popitem(last=False)
-        return hot
+
+def _frames(kept: OrderedDict[_Key, Prefix]) -> int:
+    return sum(len(prefix.prompt) for prefix in kept.values())
 
 
 def inputs(lm: Lm, prompt: Prompt) -> Tensor:
@@ -170,9 +167,14 @@ def inputs(lm: Lm, prompt: Prompt) -> Tensor:
 def place(state: LmState, row: int, prefix: Prefix) -> None:
     """Put a prompt into a row: the position to come is the one behind it. What else the row holds stays."""
     length, ring = len(prefix.prompt), state.kv.shape[-2]
-    kept = torch.arange(max(0, length - ring), length, device=state.kv.device)
-    state.kv[row][:, :, :, kept % ring] = prefix.kv[:, :, :, kept]
-    state.history[row, kept % ring] = prefix.prompt.columns.to(state.kv.device)[kept].to(torch.int16)
+    columns = prefix.prompt.columns.to(state.history)
+    if length <= ring:
+        state.kv[row, :, :, :, :length] = prefix.kv
+        state.history[row, :length] = columns
+    else:
+        kept = torch.arange(length - ring, length, device=columns.device)
+        state.kv[row][:, :, :, kept % ring] = prefix.kv[:, :, :, kept]
+        state.history[row, kept % ring] = columns[kept]
     state.position[row] = length
 
 

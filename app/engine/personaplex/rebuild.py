@@ -6,8 +6,6 @@ depends on nothing but the call itself the copy takes the row's place, between t
 another persona's prompt.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,30 +13,44 @@ from torch import Tensor
 
 from app.engine.personaplex.model.lm import Lm, LmState
 from app.engine.personaplex.prefix import Prefix
+from app.engine.personaplex.sizes import COPIES, KEPT_FRAMES
 
+HANDOFF_FRAMES = 250
+"""How much of it, 20 s, a new persona is given: few enough to be read within one tick."""
 CHUNK_FRAMES = 128
 """Read again each tick beside the calls: some milliseconds on a GPU."""
-HANDOFF_FRAMES = 250
-"""How much of the conversation, 20 s, a new persona is given: few enough to be read within one tick."""
 
 
-@dataclass(eq=False)
 class _Job:
-    row: int
-    prefix: Prefix
-    first: int
-    """The first frame that is kept, as a position in the row's present count."""
-    due: int
-    """The row's position at which the copy takes over."""
-    done: int = 0
-    """Positions that the spare row holds of this job."""
+    """One row to be made anew. Its copy takes memory from its first frame on."""
+
+    def __init__(self, row: int, length: int, prefix: Prefix | None, first: int, due: int) -> None:
+        """
+        Args:
+            length: of the prompt.
+            prefix: None for the row's own prompt, which its ring still holds: it has not gone round.
+            first: the first frame that is kept, as a position in the row's present count.
+            due: the row's position at which the copy takes over.
+        """
+        self.row, self.length, self.prefix, self.first, self.due = row, length, prefix, first, due
+        self.done = length
+        self.kv: Tensor | None = None
+
+    def copy(self, state: LmState, position: int) -> Tensor:
+        """[L, 2, H, P, head_dim], with the prompt in it from the start."""
+        if self.kv is None:
+            layers, two, heads, _, width = state.kv.shape[1:]
+            room = self.length + max(self.due, position) - self.first
+            self.kv = state.kv.new_empty(layers, two, heads, room, width)
+            prompt = state.kv[self.row, :, :, :, : self.length] if self.prefix is None else self.prefix.kv
+            self.kv[:, :, :, : self.length] = prompt
+        return self.kv
 
 
 class Rebuilder:
-    """Works between ticks on the engine thread, in one row's worth of spare memory.
+    """Works between ticks on the engine thread.
 
-    What takes the spare row from a job that was under way costs that job time, never its place: when its row is due,
-    all that is missing is read in that tick.
+    When a row is due, all that its copy misses is read in that tick: other rows cost it time, never its place.
     """
 
     def __init__(self, lm: Lm, state: LmState, positions: NDArray[np.int64], prompt_frames: NDArray[np.int64]) -> None:
@@ -46,38 +58,34 @@ class Rebuilder:
         self._lm, self._state = lm, state
         self._positions, self._prompt_frames = positions, prompt_frames
         self._ring = lm.config.ring
-        self._spare = torch.empty_like(state.kv[0])
+        # Calls that began together are due at different positions.
+        self._spread = max(1, self._ring // 8)
         self._jobs: list[_Job] = []
-        self._holder: _Job | None = None
 
-    def kept_frames(self, prompt: int) -> int:
-        """Of the frames before: half of the window beside the prompt, so that the next rebuild is far."""
-        return (self._ring - self._spread - prompt) // 2
+    def kept_frames(self, prompt_frames: int) -> int:
+        """How many a rebuild keeps; at most half of the room beside the prompt, so that the next one is far. 0: none
+        is made, the window slides.
+        """
+        return max(0, min(KEPT_FRAMES, (self._ring - self._spread - prompt_frames) // 2))
 
-    @property
-    def _spread(self) -> int:
-        """Calls that began together are due at different positions."""
-        return max(1, self._ring // 8)
-
-    def watch(self, row: int, prefix: Prefix, seed: int) -> None:
+    def watch(self, row: int, seed: int) -> None:
         """Begin in time to be done when the row is due. `seed` is the call's own."""
+        length = int(self._prompt_frames[row])
+        kept = self.kept_frames(length)
         due = self._ring - seed % self._spread
-        kept = self.kept_frames(len(prefix.prompt))
-        ticks = -(-kept // (CHUNK_FRAMES - 1))
-        near = self._positions[row] >= due - 2 * ticks
-        if near and kept > 0 and not any(job.row == row for job in self._jobs):
-            first = max(due - kept, int(self._prompt_frames[row]))
-            self._jobs.append(_Job(row, prefix, first, due))
+        in_good_time = 4 * -(-kept // CHUNK_FRAMES)
+        if kept and self._positions[row] >= due - in_good_time and not any(job.row == row for job in self._jobs):
+            self._jobs.append(_Job(row, length, None, max(due - kept, length), due))
 
     def hand_off(self, row: int, prefix: Prefix) -> bool:
         """Give a row another prompt by the next tick, with the last frames behind it. False where none would fit."""
         self.drop(row)
-        room = self._ring - self._spread - len(prefix.prompt)
+        length, now = len(prefix.prompt), int(self._positions[row])
+        room = self._ring - self._spread - length
         if room <= 0:
             return False
-        now = int(self._positions[row])
         held = min(now - int(self._prompt_frames[row]), self._ring - 1)
-        self._jobs.append(_Job(row, prefix, now - min(held, room, HANDOFF_FRAMES), now))
+        self._jobs.append(_Job(row, length, prefix, now - min(held, room, HANDOFF_FRAMES), now))
         return True
 
     def drop(self, row: int) -> None:
@@ -85,34 +93,34 @@ class Rebuilder:
         self._jobs = [job for job in self._jobs if job.row != row]
 
     def work(self) -> None:
-        """Change over the rows that are due, and go on with the one that will be next."""
+        """Change over the rows that are due, and go on with those that will be next."""
         for job in [job for job in self._jobs if self._positions[job.row] >= job.due]:
             self._read(job, self._ring)
             self._change_over(job)
             self._jobs.remove(job)
-        if self._jobs:
-            self._read(min(self._jobs, key=lambda job: job.due - self._positions[job.row]), CHUNK_FRAMES)
+        left = CHUNK_FRAMES
+        for job in sorted(self._jobs, key=lambda job: job.due - self._positions[job.row])[:COPIES]:
+            left -= self._read(job, left)
 
-    def _read(self, job: _Job, most: int) -> None:
-        """Bring the copy nearer to where its row is now, by at most so many frames."""
-        length = len(job.prefix.prompt)
-        if self._holder is not job:
-            self._holder, job.done = job, length
-            self._spare[:, :, :, :length] = job.prefix.kv
-        begin = job.first + job.done - length
-        end = min(int(self._positions[job.row]), begin + most)
+    def _read(self, job: _Job, most: int) -> int:
+        """Bring the copy nearer to where its row is now. Gives the frames read, at most so many."""
+        position = int(self._positions[job.row])
+        begin = job.first + job.done - job.length
+        end = min(position, begin + most)
         if begin < end:
-            self._lm.transformer.extend(self._lm.embed(self._columns(job.row, begin, end)), self._spare, job.done)
+            columns = self._columns(job.row, begin, end)
+            self._lm.transformer.extend(self._lm.embed(columns), job.copy(self._state, position), job.done)
             job.done += end - begin
+        return max(0, end - begin)
 
     def _columns(self, row: int, begin: int, end: int) -> Tensor:
         place = torch.arange(begin, end, device=self._lm.device) % self._ring
-        return self._state.history[row, place].to(torch.int64)
+        return self._state.history[row, place]
 
     def _change_over(self, job: _Job) -> None:
-        state, row, length = self._state, job.row, len(job.prefix.prompt)
-        kept = self._columns(row, job.first, int(self._positions[row]))
-        state.kv[row, :, :, :, : job.done] = self._spare[:, :, :, : job.done]
-        state.history[row, length : job.done] = kept.to(torch.int16)
+        state, row, position = self._state, job.row, int(self._positions[job.row])
+        kept = self._columns(row, job.first, position)
+        state.kv[row, :, :, :, : job.done] = job.copy(state, position)[:, :, :, : job.done]
+        state.history[row, job.length : job.done] = kept
         state.position[row] = job.done
-        self._positions[row], self._prompt_frames[row] = job.done, length
+        self._positions[row], self._prompt_frames[row] = job.done, job.length

@@ -17,13 +17,15 @@ from app.engine.personaplex.model.mimi import DecoderState, Mimi, MimiState
 from app.engine.personaplex.model.tokenizer import Tokenizer
 from app.engine.personaplex.model.weights import Checkpoint, load
 from app.engine.personaplex.prefix import Prefix, PrefixCache, open_call, place
-from app.engine.personaplex.rebuild import Rebuilder
-from app.engine.personaplex.seat import GREETING_WITHIN_MS, Seat
+from app.engine.personaplex.rebuild import HANDOFF_FRAMES, Rebuilder
+from app.engine.personaplex.seat import AUDIBLE_RMS, Seat
 from app.engine.personaplex.voices import CodedVoice, Voice, read_packed_voice
 
 VoiceSource = Path | NDArray[np.float32]
 """A packed voice (.pt), or its sound: mono at 24 kHz and -24 LUFS."""
 Window = Literal["rebuild", "slide"]
+
+DEFAULT_VOICE = Role("", "").voice
 
 _log = logging.getLogger("personaline.engine")
 
@@ -68,7 +70,7 @@ class PersonaPlexRunner:
         except torch.OutOfMemoryError as error:
             reason = str(error).partition("\n")[0]
             raise EngineFault(f"{reason}; fewer ROWS take less, and personaline doctor says how many fit") from error
-        self._ready = bool(self._voices)
+        self._ready = True
 
     def _load(self) -> None:
         checkpoint, device = self._checkpoint, self._device
@@ -94,12 +96,11 @@ class PersonaPlexRunner:
         state_rows.clear(self._mimi_state, row)
         state_rows.restore(self._mimi_state.decoder, row, self._silenced)
         seed = secrets.randbits(63) if self._seed is None else self._seed
-        self._seats[row] = seat = Seat(role, prefix, seed, self._tokenizer)
+        self._seats[row] = seat = Seat(seed, self._tokenizer)
         self._lm_state.choice.seed[row] = seed
         self._choose_as(row, role)
-        if role.greeting:
-            seat.queue(role.greeting, GREETING_WITHIN_MS)
-            self._guide_row(row, seat)
+        seat.greet(role)
+        self._guide_row(row, seat)
         self._place(row, prefix)
         open_call(self._lm, self._lm_state, row, prefix, Reach(1, *map(int, self._ranks[row])))
 
@@ -114,12 +115,11 @@ class PersonaPlexRunner:
     def change(self, row: int, role: Role) -> None:
         if (seat := self._seats[row]) is None:
             return
-        seat.role, seat.prefix = role, self._prefix(role)
+        prefix = self._prefix(role)
         self._choose_as(row, role)
-        if not self._rebuilder.hand_off(row, seat.prefix):
-            self._place(row, seat.prefix)
-        if role.greeting:
-            seat.queue(role.greeting, GREETING_WITHIN_MS)
+        if not self._rebuilder.hand_off(row, prefix):
+            self._place(row, prefix)
+        seat.greet(role)
 
     def step(self, pcm: Pcm, active: NDArray[np.bool_]) -> list[Spoken | None]:
         """Raises ValueError for arrays of any other shape than [rows, 1920] and [rows]."""
@@ -130,16 +130,17 @@ class PersonaPlexRunner:
             self._guide_row(row, seat)
         speech, tokens, taken = self._advance(pcm, active)
         self._positions += active
+        audible = np.sqrt(np.mean(np.square(speech), axis=1)) > AUDIBLE_RMS
         spoken: list[Spoken | None] = [None] * self.rows
         for row, seat in self._seated():
             if active[row]:
-                spoken[row] = seat.frame(speech[row], int(tokens[row]), int(taken[row]))
+                spoken[row] = seat.frame(speech[row], bool(audible[row]), int(tokens[row]), int(taken[row]))
         return spoken
 
     def between(self) -> None:
         if self._window == "rebuild":
             for row, seat in self._seated():
-                self._rebuilder.watch(row, seat.prefix, seat.seed)
+                self._rebuilder.watch(row, seat.seed)
         self._rebuilder.work()
 
     def close(self) -> None:
@@ -167,23 +168,29 @@ class PersonaPlexRunner:
 
     def _prefix(self, role: Role) -> Prefix:
         prefix = self._prefixes.of(self._voice(role), self._tokenizer.role(role.prompt))
-        if len(prefix.prompt) > self._lm.config.ring:
-            found = f"its prompt takes {len(prefix.prompt)} frames of a window of {self._lm.config.ring}"
+        length = len(prefix.prompt)
+        if length > self._lm.config.ring:
+            found = f"its prompt takes {length} frames of a window of {self._lm.config.ring}"
             _log.warning("persona %s: %s; the model does not see the beginning", role.name, found)
+        elif self._rebuilder.kept_frames(length) < HANDOFF_FRAMES < self._lm.config.ring // 2:
+            found = f"its prompt takes {length} frames of a window of {self._lm.config.ring}"
+            _log.warning("persona %s: %s; little is left for the conversation", role.name, found)
         return prefix
 
     def _voice(self, role: Role) -> Voice:
         """A voice that cannot be had stops the start; a call that is there already gets another one."""
-        voice = self._voices.get(role.voice)
-        if voice is None:
-            try:
-                voice = self._voices[role.voice] = self._read_voice(role.voice)
-            except EngineFault as fault:
-                if not self._ready:
-                    raise
-                name, voice = next(iter(self._voices.items()))
-                _log.error("persona %s speaks with the voice %s instead: %s", role.name, name, fault)
-        return voice
+        try:
+            return self._voice_named(role.voice)
+        except EngineFault as fault:
+            if not self._ready:
+                raise
+            _log.error("persona %s speaks with the voice %s instead: %s", role.name, DEFAULT_VOICE, fault)
+            return self._voice_named(DEFAULT_VOICE)
+
+    def _voice_named(self, name: str) -> Voice:
+        if name not in self._voices:
+            self._voices[name] = self._read_voice(name)
+        return self._voices[name]
 
     def _read_voice(self, name: str) -> Voice:
         source = self._voice_source(name)

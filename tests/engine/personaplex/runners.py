@@ -99,7 +99,7 @@ class Stage:
 
 
 def poison(runner: PersonaPlexRunner, row: int) -> None:
-    for tensor in rows.leaves((runner._lm_state, runner._mimi_state)):
+    for tensor in (*rows.leaves(runner._lm_state), *rows.leaves(runner._mimi_state)):
         tensor[row].fill_(torch.nan if tensor.is_floating_point() else 1)
 
 

@@ -12,8 +12,19 @@ from hypothesis import strategies as st
 
 from app.engine.contract import FRAME_SAMPLES, EngineFault, Role, Spoken
 from app.engine.personaplex.model.weights import TOKENIZER_NAME, find_checkpoint
+from app.engine.personaplex.prefix import PrefixCache
 from app.engine.personaplex.runner import PersonaPlexRunner
-from tests.engine.personaplex.runners import CAPTAIN, HARBOUR, SHORT, Call, Stage, same_speech, sound, tiny_runner
+from tests.engine.personaplex.runners import (
+    CAPTAIN,
+    HARBOUR,
+    SHORT,
+    Call,
+    Stage,
+    poison,
+    same_speech,
+    sound,
+    tiny_runner,
+)
 from tests.engine.tiny import make_tiny_checkpoint, tiny_tokenizer
 
 ROWS = 3
@@ -155,31 +166,106 @@ def test_up_to_its_rebuild_a_call_says_what_a_sliding_one_says_and_then_somethin
     assert not same_speech(said[0], said[1])
 
 
+def made_of_its_history(runner: PersonaPlexRunner, row: int) -> bool:
+    """Whether a row's keys and values are those of its prompt's and its frames' columns, read in one pass."""
+    state, position = runner._lm_state, int(runner._positions[row])
+    kv = state.kv[row, :, :, :, :position].clone()
+    prompt = int(runner._prompt_frames[row])
+    columns = state.history[row, prompt:position]
+    runner._lm.transformer.extend(runner._lm.embed(columns), kv, prompt)
+    return torch.allclose(kv, state.kv[row, :, :, :, :position], atol=1e-4)
+
+
 def test_a_handoff_gives_the_call_the_new_prompt_and_the_last_frames(runner: PersonaPlexRunner) -> None:
     """As a new call of that persona that had heard and said those very frames."""
-    call = Call(3, replace(HARBOUR, voice="NATM1"), 30, handed_over=(20, CAPTAIN))
     stage = Stage(runner)
-    stage.begin(1, call)
+    stage.begin(1, Call(3, replace(HARBOUR, voice="NATM1"), 30, handed_over=(20, CAPTAIN)))
     for _ in range(20):
         stage.tick()
     before = runner._lm_state.history[1, runner._prompt_frames[1] : runner._positions[1]].clone()
     stage.tick()
 
-    length = runner._prompt_frames[1]
-    seat = runner._seats[1]
-    assert seat is not None
-    assert seat.role == CAPTAIN
-    assert length == len(seat.prefix.prompt)
+    prefix = runner._prefix(CAPTAIN)
+    length = len(prefix.prompt)
+    assert runner._prompt_frames[1] == length
     assert runner._positions[1] == length + 21
-    kept = runner._lm_state.history[1, length : length + 20]
-    assert kept.equal(before)
-    expected = runner._lm.transformer
-    kv = seat.prefix.kv.new_empty(*seat.prefix.kv.shape[:3], length + 21, seat.prefix.kv.shape[4])
-    kv[:, :, :, :length] = seat.prefix.kv
-    columns = runner._lm_state.history[1, length : length + 21].long()
-    expected.extend(runner._lm.embed(columns), kv, length)
-    assert np.allclose(runner._lm_state.kv[1, :, :, :, : length + 21], kv, atol=1e-4)
+    assert runner._lm_state.history[1, length : length + 20].equal(before)
+    assert runner._lm_state.kv[1, :, :, :, :length].equal(prefix.kv)
+    assert made_of_its_history(runner, 1)
     stage.end(1)
+
+
+def test_rows_are_always_made_of_their_own_last_frames(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rebuilds in small parts, handoffs upon handoffs, calls that end in the middle of one, at random."""
+    monkeypatch.setattr("app.engine.personaplex.rebuild.CHUNK_FRAMES", 4)
+    runner = tiny_runner(checkpoint, ROWS, seed=None)
+    runner.warm_up([HARBOUR, CAPTAIN, SHORT])
+    random = np.random.default_rng(5)
+    roles = (HARBOUR, CAPTAIN, SHORT)
+    fed: list[list[torch.Tensor]] = [[] for _ in range(ROWS)]
+    for row in range(ROWS):
+        runner.join(row, roles[row])
+    changed = 0
+    for tick in range(250):
+        for row in range(ROWS):
+            luck = random.random()
+            for _ in range(int(luck < 0.02) + int(luck < 0.008)):
+                runner.change(row, roles[random.integers(3)])
+            if 0.02 < luck < 0.026:
+                runner.leave(row)
+                poison(runner, row)
+                runner.join(row, roles[random.integers(3)])
+                fed[row].clear()
+        active = random.random(ROWS) < 0.85
+        places = (runner._positions % runner._lm.config.ring).tolist()
+        runner.step(np.stack([sound(row, tick) for row in range(ROWS)]), active)
+        for row in np.flatnonzero(active).tolist():
+            fed[row].append(runner._lm_state.history[row, places[row]].clone())
+        before = runner._positions.copy()
+        runner.between()
+        for row in range(ROWS):
+            kept = int(runner._positions[row] - runner._prompt_frames[row])
+            held = runner._lm_state.history[row, runner._prompt_frames[row] : runner._positions[row]]
+            assert kept == 0 or held.equal(torch.stack(fed[row][-kept:])), f"tick {tick}, row {row}"
+            if runner._positions[row] != before[row]:
+                changed += 1
+                assert made_of_its_history(runner, row), f"tick {tick}, row {row}"
+    assert changed > 15
+
+
+def test_calls_that_began_together_are_due_apart(checkpoint: Path) -> None:
+    due = set()
+    for seed in range(4):
+        runner = tiny_runner(checkpoint, 1, seed=seed)
+        runner.warm_up([])
+        runner.join(0, SHORT)
+        before = 0
+        while before <= runner._positions[0]:
+            before = int(runner._positions[0])
+            runner.step(np.zeros((1, FRAME_SAMPLES), np.float32), np.array([True]))
+            runner.between()
+        due.add(before)
+
+    assert len(due) == 4
+
+
+def test_a_call_begins_after_the_prompts_silence_as_the_sound_decoder_does(runner: PersonaPlexRunner) -> None:
+    """Fresh, the silence and then the call's codes give the very sound: no click where the call begins."""
+    runner.join(1, SHORT)
+    mimi, codes = runner._mimi, [torch.tensor([runner._lm.config.silence_tokens])]
+    said = []
+    for frame in range(8):
+        agent = runner._lm_state.next_agent[1, 1:2].clone()
+        active = np.array([False, True, False])
+        spoken = runner.step(np.stack([sound(1, frame)] * ROWS), active)[1]
+        assert spoken is not None
+        said.append(spoken.pcm)
+        codes.append(torch.cat((agent, runner._lm_state.next_agent[1, 2:]))[None])
+    runner.leave(1)
+
+    state, one = mimi.state(1), torch.ones(1, dtype=torch.bool)
+    fresh = [mimi.decode(state, frame, one).clamp(-1, 1)[0].numpy() for frame in codes]
+    assert np.allclose(np.stack(fresh[1:]), np.stack(said), atol=1e-5)
 
 
 def test_the_greeting_is_said_first_word_for_word_and_reported(runner: PersonaPlexRunner) -> None:
@@ -206,6 +292,34 @@ def test_guided_texts_are_said_one_after_the_other(runner: PersonaPlexRunner) ->
     assert " ".join(texts) in " ".join(text_of(said).split())
 
 
+def test_a_persona_that_never_got_to_speak_does_not_greet(runner: PersonaPlexRunner) -> None:
+    runner.join(0, HARBOUR)
+    runner.change(0, replace(CAPTAIN, greeting="This is the captain."))
+    runner.change(0, replace(SHORT, greeting="Hello again."))
+    frames = [
+        runner.step(np.zeros((ROWS, FRAME_SAMPLES), np.float32), np.array([True, False, False]))[0] for _ in range(60)
+    ]
+    runner.leave(0)
+
+    assert [frame.said for frame in frames if frame is not None and frame.said] == ["Hello again."]
+
+
+def test_a_guided_text_longer_than_the_row_can_hold_is_said_in_parts(
+    runner: PersonaPlexRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.engine.personaplex.seat.CAPACITY", 5)
+    text = "Please hold the line while I look that up for you."
+    runner.join(0, SHORT)
+    runner.say(0, text, 80)
+    active = np.array([True, False, False])
+    frames = [runner.step(np.zeros((ROWS, FRAME_SAMPLES), np.float32), active)[0] for _ in range(200)]
+    runner.leave(0)
+
+    said = [frame for frame in frames if frame is not None]
+    assert [frame.said for frame in said if frame.said] == [text]
+    assert text in text_of(said)
+
+
 def test_a_turn_ends_when_words_and_sound_are_over() -> None:
     from app.engine.personaplex.model.config import PAD
     from app.engine.personaplex.seat import _QUIET_FRAMES, Seat
@@ -214,10 +328,9 @@ def test_a_turn_ends_when_words_and_sound_are_over() -> None:
         def piece(self, token: int) -> str:
             return " hello" if token == 9 else ""
 
-    seat = Seat(HARBOUR, None, 0, OneWord())  # type: ignore[arg-type]
-    loud, quiet = np.full(FRAME_SAMPLES, 0.1, np.float32), np.zeros(FRAME_SAMPLES, np.float32)
-    frames = [(quiet, PAD)] * 20 + [(loud, 9)] + [(loud, PAD)] * 5 + [(quiet, PAD)] * 20
-    ends = [seat.frame(pcm, token, 0).ends for pcm, token in frames]
+    seat, pcm = Seat(0, OneWord()), np.zeros(FRAME_SAMPLES, np.float32)  # type: ignore[arg-type]
+    frames = [(False, PAD)] * 20 + [(True, 9)] + [(True, PAD)] * 5 + [(False, PAD)] * 20
+    ends = [seat.frame(pcm, audible, token, 0).ends for audible, token in frames]
 
     assert ends.index(True) == 26 + _QUIET_FRAMES - 1
     assert sum(ends) == 1
@@ -240,6 +353,27 @@ def test_a_prompt_with_other_variables_reads_only_what_changed(runner: PersonaPl
 
 def test_a_prompt_that_is_kept_is_not_read_again(runner: PersonaPlexRunner) -> None:
     assert runner._prefix(HARBOUR) is runner._prefix(replace(HARBOUR, greeting="Hello."))
+
+
+def test_prompts_used_long_ago_go_to_the_host_and_then_away(
+    runner: PersonaPlexRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.engine.personaplex.prefix.HOT_FRAMES", 100)
+    monkeypatch.setattr("app.engine.personaplex.prefix.COLD_FRAMES", 150)
+    cache = PrefixCache(runner._lm)
+    voice = runner._voice(HARBOUR)
+    first, *others = (runner._tokenizer.role(f"You are number {number}.") for number in range(9))
+    kept = cache.of(voice, first)
+    for text in others[:3]:
+        cache.of(voice, text)
+
+    assert sum(len(prefix.prompt) for prefix in cache._hot.values()) <= 100
+    assert cache.of(voice, first).kv.equal(kept.kv)
+    for text in others:
+        cache.of(voice, text)
+    assert sum(len(prefix.prompt) for prefix in cache._cold.values()) <= 150
+    assert cache.of(voice, first) is not kept
+    assert torch.allclose(cache.of(voice, first).kv, kept.kv, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -266,6 +400,9 @@ def test_a_voice_that_is_gone_stops_the_start_but_not_a_call(
         tiny_runner(checkpoint, 1).warm_up([voiceless])
     assert len(Stage(runner).alone(0, Call(1, voiceless, 3))) == 3
     assert "persona harbour speaks with the voice NATF2 instead" in caplog.text
+    nobody_known = tiny_runner(checkpoint, 1)
+    nobody_known.warm_up([])
+    assert len(Stage(nobody_known).alone(0, Call(1, voiceless, 3))) == 3
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_the_real_model_takes_the_published_sizes() -> None:
 def test_a_call_takes_its_ring_its_history_and_its_codec_streams() -> None:
     lm, mimi = REAL
     row_bytes = footprint(lm, mimi, element_bytes=2).row_bytes
-    parts = 2_999 * 524_288 + 2_999 * 17 * 2 + codec_row_bytes(mimi)
+    parts = 2_999 * 524_288 + 2_999 * 17 * 4 + codec_row_bytes(mimi)
 
     assert parts < row_bytes < parts + 64 * 1024
     # The published codec keeps 250 slots a ring; one of them is never seen.
@@ -82,11 +82,11 @@ def test_wider_numbers_take_twice_the_room_but_the_codec_stays() -> None:
     assert wide.codec_weights_bytes == narrow.codec_weights_bytes
 
 
-def test_the_workspace_holds_a_spare_row_and_little_else() -> None:
+def test_the_workspace_holds_four_rows_being_made_anew_the_prompts_kept_ready_and_little_else() -> None:
     found = footprint(*REAL, element_bytes=2)
-    ring_bytes = 2_999 * 524_288
+    frames = 4 * (150 + 500) + 1_200
 
-    assert ring_bytes + 1_200 * 524_288 < found.workspace_bytes < ring_bytes + 1_200 * 524_288 + 2**28
+    assert frames * 524_288 < found.workspace_bytes < frames * 524_288 + 2**28
 
 
 def test_as_many_calls_fit_as_leave_the_reserve_free() -> None:

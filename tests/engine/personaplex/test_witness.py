@@ -31,7 +31,7 @@ from app.engine.personaplex.model.weights import load
 from app.engine.personaplex.prefix import PrefixCache, open_call, place
 from app.engine.personaplex.voices import CodedVoice
 
-PARITY = Path(os.environ.get("PARITY_FIXTURES", Path(__file__).parents[2] / "fixtures" / "parity"))
+PARITY = Path(os.environ.get("PARITY_FIXTURES") or Path(__file__).parents[2] / "fixtures" / "parity")
 CPU = torch.device("cpu")
 SMALL = LmConfig(
     dim=48, num_heads=3, num_layers=3, context=21, text_card=80, card=60, dep_q=16, depformer_dim=40,
@@ -139,7 +139,7 @@ def witness_model(config: LmConfig, weights: Path) -> LMModel:
         delays=[0, 0, *[1] * 7, 0, *[1] * 7], n_q=2 * CODEBOOKS, dep_q=CODEBOOKS, card=config.card,
         text_card=config.text_card, dim=config.dim, num_heads=config.num_heads, num_layers=config.num_layers,
         hidden_scale=config.hidden_scale, norm="rms_norm_f32", gating="silu", causal=True, layer_scale=None,
-        context=config.ring, max_period=config.max_period, positional_embedding="rope", existing_text_padding_id=PAD,
+        context=config.context - 1, max_period=config.max_period, positional_embedding="rope", existing_text_padding_id=PAD,
         depformer_dim=config.depformer_dim, depformer_num_heads=config.depformer_num_heads,
         depformer_num_layers=config.depformer_num_layers, depformer_multi_linear=True,
         depformer_dim_feedforward=config.depformer_dim_feedforward, depformer_gating="silu",
@@ -191,13 +191,26 @@ def talk(speaker: Speaker, calls: Sequence[Tensor], ticks: Sequence[Sequence[int
     return [torch.stack(frames) for frames in told]
 
 
-def recorded(name: str, weights: str) -> Scene:
+def recordings(kind: str) -> list[str]:
+    """What the folder of recorded tensors holds, by name."""
+    return sorted(
+        file.name[len(kind) + 1 : -len("_io.safetensors")] for file in PARITY.glob(f"{kind}_*_io.safetensors")
+    )
+
+
+def weights_of(kind: str, name: str) -> Path:
+    """A recording's own weights, or those that it shares with the one whose name its own begins with."""
+    files = {file.name[: -len("_weights.safetensors")]: file for file in PARITY.glob(f"{kind}_*_weights.safetensors")}
+    return files[max((place for place in files if f"{kind}_{name}".startswith(place)), key=len)]
+
+
+def recorded(name: str) -> Scene:
     path = PARITY / f"lm_{name}_io.safetensors"
     with safe_open(path, framework="pt") as file:
         given: dict[str, Any] = {key: json.loads(value) for key, value in file.metadata().items()}
         voice, text, user = (file.get_tensor(k) for k in ("voice_codes", "text_prompt_tokens", "user_codes"))
     config = LmConfig.of({**given["config"], **{k: v for k, v in given.items() if k.startswith(("silence", "sine"))}})
-    return Scene(config, PARITY / f"lm_{weights}_weights.safetensors", voice, text, user.T)
+    return Scene(config, weights_of("lm", name), voice, text, user.T)
 
 
 @pytest.fixture(scope="module")
@@ -218,12 +231,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     return Scene(SMALL, file, voice, torch.randint(4, SMALL.text_card, (7,), generator=chance), user)
 
 
-@pytest.fixture(params=["tiny", "tiny_wrap", "realcard", "made"])
+@pytest.fixture(params=[*recordings("lm"), "made"])
 def scene(request: pytest.FixtureRequest) -> Scene:
     if request.param == "made":
         made: Scene = request.getfixturevalue("made")
         return made
-    return recorded(request.param, "realcard" if request.param == "realcard" else "tiny")
+    return recorded(request.param)
 
 
 def test_a_call_is_told_the_same_by_both(scene: Scene) -> None:
@@ -281,11 +294,11 @@ class Recording:
         return mimi
 
 
-@pytest.fixture(params=["tiny", "tiny_wrap"])
+@pytest.fixture(params=recordings("mimi"))
 def recording(request: pytest.FixtureRequest) -> Recording:
     with safe_open(PARITY / f"mimi_{request.param}_io.safetensors", framework="pt") as file:
         sizes, wav = json.loads(file.metadata()["config"]), file.get_tensor("wav")
-    return Recording(sizes, PARITY / f"mimi_{request.param}_weights.safetensors", wav.view(-1, 1920))
+    return Recording(sizes, weights_of("mimi", request.param), wav.view(-1, 1920))
 
 
 def test_a_codec_stream_is_the_same_by_both(recording: Recording) -> None:

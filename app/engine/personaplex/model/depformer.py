@@ -132,11 +132,12 @@ class Depformer:
 def _advance(layer: _Layer, step: _Step, x: Tensor, held: Tensor, j: int) -> Tensor:
     """One layer of one step; `held` [2, S, H, steps, head_dim] are the keys and values of this frame's steps."""
     rows, heads = held.shape[1:3]
-    q, k, v = step.qkv(rms_norm(x, layer.norm1)).view(rows, 3, heads, -1).unbind(1)
-    held[0, :, :, j], held[1, :, :, j] = k, v
+    qkv = step.qkv(rms_norm(x, layer.norm1)).view(rows, 3, heads, -1)
+    held[:, :, :, j] = qkv[:, 1:].transpose(0, 1)
     if j == 0:
-        found = v
+        found = qkv[:, 2]
     else:
-        found = functional.scaled_dot_product_attention(q[:, :, None], held[0, :, :, : j + 1], held[1, :, :, : j + 1])
+        keys, values = held[:, :, :, : j + 1]
+        found = functional.scaled_dot_product_attention(qkv[:, 0, :, None], keys, values)
     x = x + step.out(found.reshape(x.shape))
     return x + gated(rms_norm(x, layer.norm2), step.gate_in, step.gate_out)

@@ -19,7 +19,7 @@ class LmState:
     """Where every row is in its call. A cleared row is one that no call has.
 
     `next_agent` int64 [S, 9] are text and agent codes of the position to come, the codes after the first one frame
-    behind; `user_acoustics` [S, 7] is what the last user frame still owes it. `history` int16 [S, ring, 17] holds the
+    behind; `user_acoustics` [S, 7] is what the last user frame still owes it. `history` int32 [S, ring, 17] holds the
     columns that made the ring's keys and values.
     """
 
@@ -39,7 +39,7 @@ class LmState:
         cache = (rows, config.num_layers, 2, config.num_heads, config.ring, config.head_dim)
         return cls(
             kv=torch.zeros(cache, device=device, dtype=dtype),
-            history=torch.zeros(rows, config.ring, COLUMN_ROWS, dtype=torch.int16, device=device),
+            history=torch.zeros(rows, config.ring, COLUMN_ROWS, dtype=torch.int32, device=device),
             position=whole(),
             next_agent=whole(1 + CODEBOOKS),
             user_acoustics=whole(CODEBOOKS - 1),
@@ -127,7 +127,7 @@ class Lm:
         """
         column = torch.cat((state.next_agent, user[:, :1], state.user_acoustics), 1)
         row = torch.arange(len(column), device=column.device)
-        state.history[row, state.position % self.config.ring] = column.to(torch.int16)
+        state.history[row, state.position % self.config.ring] = column.to(torch.int32)
         hidden = self.transformer.step(self.embed(column), state.kv, state.position, reach.longest)
         choice = state.choice
         text_noise = gumbel(choice.seed, choice.drawn, 0, 1, reach.text_ranks)

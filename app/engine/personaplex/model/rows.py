@@ -1,6 +1,6 @@
 """What can be done to one row of any state: forget it, keep it, put it back.
 
-A state is a dataclass of tensors, of lists of them, or of further such dataclasses; axis 0 of every tensor is the row.
+A state is a dataclass of tensors or of further such dataclasses; axis 0 of every tensor is the row.
 """
 
 from collections.abc import Iterator
@@ -16,14 +16,11 @@ def leaves(state: Any) -> Iterator[Tensor]:
     """Every tensor of a state, always in the same order."""
     if isinstance(state, Tensor):
         yield state
-    elif isinstance(state, list | tuple):
-        for part in state:
-            yield from leaves(part)
     elif is_dataclass(state):
         for field in fields(state):
             yield from leaves(getattr(state, field.name))
     else:
-        raise TypeError(f"{type(state).__name__} in a state; tensors, lists of them and dataclasses are right")
+        raise TypeError(f"{type(state).__name__} in a state; tensors and dataclasses of them are right")
 
 
 def clear(state: Any, row: int) -> None:
@@ -47,6 +44,4 @@ def restore(state: State, row: int, kept: State) -> None:
 def _rebuilt(state: Any, row: int) -> Any:
     if isinstance(state, Tensor):
         return state[row : row + 1].clone()
-    if isinstance(state, list | tuple):
-        return type(state)(_rebuilt(part, row) for part in state)
     return type(state)(**{field.name: _rebuilt(getattr(state, field.name), row) for field in fields(state)})

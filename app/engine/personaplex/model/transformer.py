@@ -17,10 +17,8 @@ _KEYS_BLOCK = 64
 
 
 def rms_norm(x: Tensor, alpha: Tensor) -> Tensor:
-    """In float32 whatever the dtype, as Moshi was trained."""
-    wide = x.to(torch.float32)
-    scale = torch.rsqrt(_EPSILON + wide.square().mean(-1, keepdim=True))
-    return (wide * (alpha.to(torch.float32) * scale)).to(x.dtype)
+    """Computed in float32 whatever the dtype, as Moshi was trained."""
+    return functional.rms_norm(x, alpha.shape, alpha, _EPSILON)
 
 
 def gated(x: Tensor, into: Linear, out: Linear) -> Tensor:
@@ -119,7 +117,7 @@ class Transformer:
         held = (position + 1).clamp(max=ring)
         mask = torch.arange(reach, device=x.device) < held[:, None, None, None]
         row, slot = torch.arange(len(x), device=x.device), position % ring
-        turn = Rotation.at(position, self._frequencies)
+        turn = Rotation.at(position[:, None], self._frequencies)
         for index, layer in enumerate(self._layers):
             q, k, v = self._qkv(layer, x, turn)
             cache = kv[:, index]
@@ -145,7 +143,7 @@ class Transformer:
         position = torch.arange(start, end, device=x.device)
         behind = position[:, None] - torch.arange(end, device=x.device)
         mask = (behind >= 0) & (behind < self.config.ring)
-        turn = Rotation.at(position, self._frequencies)
+        turn = Rotation.at(position[:, None], self._frequencies)
         for index, layer in enumerate(self._layers):
             q, k, v = (part.transpose(0, 1) for part in self._qkv(layer, x, turn))
             kv[index, 0, :, start:end] = k
@@ -157,7 +155,7 @@ class Transformer:
 
     def _qkv(self, layer: _Layer, x: Tensor, turn: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         heads = layer.qkv(rms_norm(x, layer.norm1)).view(len(x), 3, self.config.num_heads, -1)
-        q, k = turn(heads[:, 0]), turn(heads[:, 1])
+        q, k = turn(heads[:, :2]).unbind(1)
         return q, k, heads[:, 2]
 
     def _after_attention(self, layer: _Layer, x: Tensor, found: Tensor) -> Tensor:
