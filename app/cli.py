@@ -193,6 +193,20 @@ def bench_gateway(
         typer.echo(line)
 
 
+@bench_cli.command("engine")
+def bench_engine() -> None:
+    """What a step of PersonaPlex's language model costs on this CPU, beside moshi 0.2.13 where that is installed."""
+    from app import bench_engine
+    from app.engine import EngineFault
+
+    try:
+        cost = bench_engine.bench_engine(lambda text: typer.echo(text, err=True))
+    except EngineFault as fault:
+        fail(fault)
+    for line in bench_engine.table(cost):
+        typer.echo(line)
+
+
 @cli.command()
 def version() -> None:
     """Say which version this is."""

@@ -90,16 +90,32 @@ calls = st.builds(
 )
 
 
-@settings(
-    max_examples=5,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+Played = list[tuple[Call, int]]
+schedules = st.lists(st.tuples(calls, st.integers(0, 40)), min_size=3, max_size=5)
+costly = settings(
+    phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
-@given(played=st.lists(st.tuples(calls, st.integers(0, 40)), min_size=3, max_size=5), data=st.data())
+
+
+@settings(costly, max_examples=4)
+@given(played=schedules, data=st.data())
 def test_joins_leaves_skips_handoffs_and_rebuilds_never_change_what_another_row_says(
-    runner: PersonaPlexRunner, played: list[tuple[Call, int]], data: st.DataObject
+    runner: PersonaPlexRunner, played: Played, data: st.DataObject
 ) -> None:
     """Nor do the ticks that a row itself skips. Freed rows are full of NaN: whoever read them would sound of it."""
+    play_together_and_alone(runner, played, data)
+
+
+@pytest.mark.slow
+@settings(costly, max_examples=60)
+@given(played=schedules, data=st.data())
+def test_many_more_schedules_never_change_what_another_row_says(
+    runner: PersonaPlexRunner, played: Played, data: st.DataObject
+) -> None:
+    play_together_and_alone(runner, played, data)
+
+
+def play_together_and_alone(runner: PersonaPlexRunner, played: Played, data: st.DataObject) -> None:
     stage = Stage(runner)
     waiting, heard = list(played), []
     pause = 0
