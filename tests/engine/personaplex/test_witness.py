@@ -139,9 +139,10 @@ def witness_model(config: LmConfig, weights: Path) -> LMModel:
         delays=[0, 0, *[1] * 7, 0, *[1] * 7], n_q=2 * CODEBOOKS, dep_q=CODEBOOKS, card=config.card,
         text_card=config.text_card, dim=config.dim, num_heads=config.num_heads, num_layers=config.num_layers,
         hidden_scale=config.hidden_scale, norm="rms_norm_f32", gating="silu", causal=True, layer_scale=None,
-        context=config.context - 1, max_period=config.max_period, positional_embedding="rope", existing_text_padding_id=PAD,
-        depformer_dim=config.depformer_dim, depformer_num_heads=config.depformer_num_heads,
-        depformer_num_layers=config.depformer_num_layers, depformer_multi_linear=True,
+        context=config.context - 1, max_period=config.max_period, positional_embedding="rope",
+        existing_text_padding_id=PAD, depformer_dim=config.depformer_dim,
+        depformer_num_heads=config.depformer_num_heads, depformer_num_layers=config.depformer_num_layers,
+        depformer_multi_linear=True,
         depformer_dim_feedforward=config.depformer_dim_feedforward, depformer_gating="silu",
         depformer_pos_emb="none", depformer_weights_per_step=True,
     )  # fmt: skip
