@@ -17,8 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-pytest.importorskip("moshi", reason="the witness is not installed: pip install --no-deps moshi==0.2.13")
-
 from moshi.models.lm import LMGen, LMModel
 from moshi.models.loaders import get_mimi
 from moshi.utils.compile import no_compile

@@ -1,5 +1,7 @@
 """A matrix that multiplies rows of activations, laid out for the processor that it is on."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -14,24 +16,43 @@ class Linear:
     def __init__(self, weight: Tensor) -> None:
         """`weight` [out, in], often a view into a stack that the loader fills."""
         self._weight = weight
-        self._packed: Tensor | None = None
+        self._blocked: Tensor | None = None
+        self._shards: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._packed is None:
-            return functional.linear(x, self._weight)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")  # type: ignore[no-any-return]
+        if self._shards is not None:
+            return _by_shards(x, self._shards)
+        if self._blocked is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self._blocked, None, "none", [], "")  # type: ignore[no-any-return]
+        return functional.linear(x, self._weight)
 
     def pack(self, rows: int = 1) -> None:
         """Once, when the weights are there; `rows` is how many rows will mostly be multiplied.
 
-        On a CPU in float32 oneDNN takes over from the BLAS of the torch build: it reads a matrix about twice as fast
-        on processors that MKL does not favour. Its blocked layout pays from two rows on.
+        On a CPU in float32 all that counts is how fast a matrix is read. One row: a BLAS leaves it to one thread, so
+        each thread gets a share of the outputs, in the order that reads best for the matrix's shape. Several rows:
+        oneDNN's blocked layout.
         """
         weight = self._weight
-        if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        if weight.device.type != "cpu" or weight.dtype != torch.float32:
             return
-        if rows > 1:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        if rows == 1:
+            self._shards = _shards(weight)
+        elif torch.backends.mkldnn.is_available():
+            self._blocked = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         else:
-            self._packed = weight.contiguous().to_mkldnn()
+            return
         self._weight = weight.new_empty(0)
+
+
+def _shards(weight: Tensor) -> Tensor:
+    """[N, in, out / N] of a weight [out, in]."""
+    outputs, inputs = weight.shape
+    shards = weight.reshape(math.gcd(outputs, torch.get_num_threads()), -1, inputs).transpose(1, 2)
+    return shards.contiguous() if outputs > inputs else shards
+
+
+def _by_shards(x: Tensor, shards: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    outputs = torch.bmm(rows.expand(len(shards), *rows.shape), shards)
+    return outputs.transpose(0, 1).reshape(*x.shape[:-1], -1)
