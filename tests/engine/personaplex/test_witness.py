@@ -13,13 +13,12 @@ from typing import Any, Protocol
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
 from moshi.models.lm import LMGen, LMModel
 from moshi.models.loaders import get_mimi
 from moshi.utils.compile import no_compile
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from app.engine.personaplex.model import rows as state_rows
 from app.engine.personaplex.model.config import CODEBOOKS, PAD, LmConfig, MimiConfig
