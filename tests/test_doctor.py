@@ -222,7 +222,7 @@ def test_what_the_real_model_needs_is_reckoned_before_it_is_there() -> None:
     said = one("memory", personaplex_device="cpu", personaplex_dtype="bfloat16", rows=1024)
 
     assert said.level == "FAIL"
-    assert said.said.startswith("1646.07 GB for 1,024 calls in bfloat16: weights 15.38 GB, ")
+    assert said.said.startswith("1645.96 GB for 1,024 calls in bfloat16: weights 15.38 GB, ")
     assert " 1.59 GB a call" in said.said
 
 
