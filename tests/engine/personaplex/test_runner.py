@@ -97,7 +97,7 @@ costly = settings(
 )
 
 
-@settings(costly, max_examples=4)
+@settings(costly, max_examples=3)
 @given(played=schedules, data=st.data())
 def test_joins_leaves_skips_handoffs_and_rebuilds_never_change_what_another_row_says(
     runner: PersonaPlexRunner, played: Played, data: st.DataObject
@@ -107,7 +107,7 @@ def test_joins_leaves_skips_handoffs_and_rebuilds_never_change_what_another_row_
 
 
 @pytest.mark.slow
-@settings(costly, max_examples=60)
+@settings(costly, max_examples=30)
 @given(played=schedules, data=st.data())
 def test_many_more_schedules_never_change_what_another_row_says(
     runner: PersonaPlexRunner, played: Played, data: st.DataObject
