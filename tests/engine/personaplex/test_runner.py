@@ -249,6 +249,19 @@ def test_rows_are_always_made_of_their_own_last_frames(checkpoint: Path, monkeyp
     assert changed > 15
 
 
+def test_a_call_that_ends_while_it_is_made_anew_leaves_nothing_to_the_rows_next_owner(
+    runner: PersonaPlexRunner,
+) -> None:
+    stage = Stage(runner)
+    stage.begin(0, Call(1, HARBOUR, 500))
+    while not runner._rebuilder._jobs:
+        stage.tick()
+    stage.end(0)
+
+    call = Call(2, HARBOUR, 80)
+    assert same_speech(stage.alone(0, call), Stage(runner).alone(1, call))
+
+
 def test_calls_that_began_together_are_due_apart(checkpoint: Path) -> None:
     due = set()
     for seed in range(4):
