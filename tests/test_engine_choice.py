@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,6 @@ from app.settings import Settings
 from app.voice_wav import VoiceFault
 from tests.engine.tiny import make_tiny_checkpoint
 from tests.speech import speech, write
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A checkpoint for one thread: on busy cores, several wait for each other longer than they reckon."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield make_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -5,33 +5,21 @@ import os
 import subprocess
 import sys
 import wave
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from app.engine import Role
 from app.engine.echo import EchoRunner
 from app.offline import OfflineFault, answer_recordings, converse, pair, read_speech, role_for
 from app.settings import Settings
-from tests.engine.tiny import make_tiny_checkpoint
 from tests.speech import FLOAT32, speech, write
 
 ROOT = Path(__file__).resolve().parent.parent
 ROLE = Role("ada", "You work for the harbour.")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A checkpoint for one thread: on busy cores, several wait for each other longer than they reckon."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield make_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

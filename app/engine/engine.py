@@ -127,7 +127,7 @@ class Engine:
             self._beat()
         except EngineFault as error:
             self.fault = error
-            _log.error("the engine cannot start: %s", error)
+            _log.error("the engine cannot start or go on: %s", error)
         except Exception as error:  # noqa: BLE001 - the thread's edge: /ready, every call and the log are told
             self.fault = error
             _log.exception("the engine stopped: its calls end as failed")

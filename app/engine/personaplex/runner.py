@@ -184,8 +184,9 @@ class PersonaPlexRunner:
         except EngineFault as fault:
             if not self._ready:
                 raise
-            _log.error("persona %s speaks with the voice %s instead: %s", role.name, DEFAULT_VOICE, fault)
-            return self._voice_named(DEFAULT_VOICE)
+            other = next(iter(self._voices), DEFAULT_VOICE)
+            _log.error("persona %s speaks with the voice %s instead: %s", role.name, other, fault)
+            return self._voice_named(other)
 
     def _voice_named(self, name: str) -> Voice:
         if name not in self._voices:

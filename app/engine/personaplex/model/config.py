@@ -5,7 +5,7 @@ The keys are those of Kyutai's and NVIDIA's published configurations. No torch h
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,7 @@ class MimiConfig:
     codebook_dim: int = 256
     codebooks_in_file: int = 32
     bins: int = 2048
-    downsample: int = field(default=2)
+    downsample: int = 2
     """Latents of the encoder that make one code frame."""
 
     @property
