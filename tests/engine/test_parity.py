@@ -18,6 +18,7 @@ from app.engine.personaplex.model import rows
 from app.engine.personaplex.model.config import CODEBOOKS, LmConfig, MimiConfig
 from app.engine.personaplex.model.lm import Lm, LmState, Reach
 from app.engine.personaplex.model.mimi import Mimi
+from app.engine.personaplex.model.ring import Ring
 from app.engine.personaplex.model.weights import load
 from app.engine.personaplex.prefix import Prefix, PrefixCache, Prompt, build_prompt, inputs, open_call, place
 from app.engine.personaplex.voices import CodedVoice, Voice, read_packed_voice
@@ -150,7 +151,7 @@ def test_one_parallel_pass_reads_the_prompt_as_the_recording_did_step_by_step(na
     call = recorded(name)
     prompt = call.prompt
     fed = inputs(call.lm, prompt)
-    kv = torch.empty(call.lm.config.num_layers, 2, call.lm.config.num_heads, len(fed), call.lm.config.head_dim)
+    kv = Ring.of(call.lm.config, 1, len(fed), CPU, torch.float32)
 
     hidden = call.lm.transformer.extend(fed, kv, 0)
 
@@ -165,12 +166,12 @@ def test_a_parallel_prompt_and_a_stepwise_one_are_followed_by_the_same_call(name
     call = recorded(name)
     prompt, parallel = call.prompt, prefix_of(call)
     fed = inputs(call.lm, prompt)
-    kv = torch.empty_like(parallel.kv)
+    kv = parallel.kv.like(len(fed))
     for at in range(len(fed)):
         hidden = call.lm.transformer.extend(fed[at : at + 1], kv, at)
     stepwise = Prefix(prompt, kv, hidden)
 
-    torch.testing.assert_close(stepwise.kv, parallel.kv, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(stepwise.kv.values, parallel.kv.values, atol=2e-5, rtol=1e-4)
     said = []
     for prefix in (parallel, stepwise):
         batch = Rows(call.lm, 1)
@@ -201,7 +202,7 @@ def test_keys_and_values_after_a_call_are_the_recorded_ones(name: str) -> None:
     # The recording came a frame later, so it has not seen the last position.
     held = torch.arange(max(0, position - c.ring), position - 1)
     for which, key in enumerate(("kv_layer0_k", "kv_layer0_v")):
-        ours = batch.state.kv[0, 0, which][:, held % c.ring]
+        ours = batch.state.kv.values[0, 0, which][:, held % c.ring]
         torch.testing.assert_close(ours, call.io[key][:, held % c.context], atol=2e-5, rtol=1e-4)
 
 

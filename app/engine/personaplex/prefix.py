@@ -14,6 +14,7 @@ from torch import Tensor
 from app.engine.personaplex.model import rows
 from app.engine.personaplex.model.config import CODEBOOKS, COLUMN_ROWS, PAD, LmConfig
 from app.engine.personaplex.model.lm import Lm, LmState, Reach
+from app.engine.personaplex.model.ring import Kv, Ring, kv_dtype
 from app.engine.personaplex.sizes import HOT_FRAMES
 from app.engine.personaplex.voices import PackedVoice, Voice
 
@@ -91,20 +92,21 @@ def _delayed(config: LmConfig, texts: Tensor, agent: Tensor) -> Tensor:
 class Prefix:
     """A prompt that the model has read.
 
-    `kv` [L, 2, H, T, head_dim] in the order of positions; `hidden` [1, D] of the last one, from which each call draws
-    its own first tokens.
+    `kv` of one row, in the order of positions and as the rows' rings keep it; `hidden` [1, D] of the last one, from
+    which each call draws its own first tokens.
     """
 
     prompt: Prompt
-    kv: Tensor
+    kv: Ring
     hidden: Tensor
 
 
 class PrefixCache:
     """The prefixes of the latest prompts: the hottest on the device, colder ones on the host. Engine thread only."""
 
-    def __init__(self, lm: Lm) -> None:
-        self._lm = lm
+    def __init__(self, lm: Lm, kv: Kv = "bf16") -> None:
+        """`kv`: as the rows keep theirs."""
+        self._lm, self._kv_dtype = lm, kv_dtype(kv, lm.dtype)
         self._hot: OrderedDict[_Key, Prefix] = OrderedDict()
         self._cold: OrderedDict[_Key, Prefix] = OrderedDict()
 
@@ -129,11 +131,9 @@ class PrefixCache:
         base = max(kept, key=lambda one: one.prompt.shared(prompt), default=None)
         # The last position is always read again: its hidden state is what a call opens from.
         start = min(base.prompt.shared(prompt), length - 1) if base is not None else 0
-        c = lm.config
-        shape = (c.num_layers, 2, c.num_heads, length, c.head_dim)
-        kv = torch.empty(shape, device=lm.device, dtype=lm.dtype)
+        kv = Ring.of(lm.config, 1, length, lm.device, self._kv_dtype)
         if base is not None:
-            kv[:, :, :, :start] = base.kv[:, :, :, :start].to(lm.device)
+            kv.first(start).copy_(base.kv.first(start))
         hidden = lm.transformer.extend(inputs(lm, prompt)[start:], kv, start)
         return Prefix(prompt, kv, hidden[-1:].clone())
 
@@ -144,8 +144,8 @@ class PrefixCache:
         """The one used last stays hot whatever its length."""
         while len(self._hot) > 1 and _frames(self._hot) > HOT_FRAMES:
             key, prefix = self._hot.popitem(last=False)
-            kv = prefix.kv.cpu()
-            kv = kv.pin_memory() if self._lm.device.type == "cuda" else kv
+            kv = prefix.kv.to(torch.device("cpu"))
+            kv = kv.pinned() if self._lm.device.type == "cuda" else kv
             self._cold[key] = Prefix(prefix.prompt, kv, prefix.hidden)
         while _frames(self._cold) > COLD_FRAMES:
             self._cold.popitem(last=False)
@@ -166,14 +166,14 @@ def inputs(lm: Lm, prompt: Prompt) -> Tensor:
 
 def place(state: LmState, row: int, prefix: Prefix) -> None:
     """Put a prompt into a row: the position to come is the one behind it. What else the row holds stays."""
-    length, ring = len(prefix.prompt), state.kv.shape[-2]
+    length, ring = len(prefix.prompt), state.kv.slots
     columns = prefix.prompt.columns.to(state.history)
     if length <= ring:
-        state.kv[row, :, :, :, :length] = prefix.kv
+        state.kv.row(row).first(length).copy_(prefix.kv)
         state.history[row, :length] = columns
     else:
         kept = torch.arange(length - ring, length, device=columns.device)
-        state.kv[row][:, :, :, kept % ring] = prefix.kv[:, :, :, kept]
+        state.kv.row(row).copy_slots(kept % ring, prefix.kv, kept)
         state.history[row, kept % ring] = columns[kept]
     state.position[row] = length
 

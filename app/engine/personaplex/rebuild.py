@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from app.engine.personaplex.model.lm import Lm, LmState
+from app.engine.personaplex.model.ring import Ring
 from app.engine.personaplex.prefix import Prefix
 from app.engine.personaplex.sizes import COPIES, KEPT_FRAMES
 
@@ -34,16 +35,14 @@ class _Job:
         """
         self.row, self.length, self.prefix, self.first, self.due = row, length, prefix, first, due
         self.done = length
-        self.kv: Tensor | None = None
+        self.kv: Ring | None = None
 
-    def copy(self, state: LmState, position: int) -> Tensor:
-        """[L, 2, H, P, head_dim], with the prompt in it from the start."""
+    def copy(self, state: LmState, position: int) -> Ring:
+        """Of one row, with the prompt in it from the start."""
         if self.kv is None:
-            layers, two, heads, _, width = state.kv.shape[1:]
-            room = self.length + max(self.due, position) - self.first
-            self.kv = state.kv.new_empty(layers, two, heads, room, width)
-            prompt = state.kv[self.row, :, :, :, : self.length] if self.prefix is None else self.prefix.kv
-            self.kv[:, :, :, : self.length] = prompt
+            self.kv = state.kv.like(self.length + max(self.due, position) - self.first)
+            prompt = state.kv.row(self.row).first(self.length) if self.prefix is None else self.prefix.kv
+            self.kv.first(self.length).copy_(prompt)
         return self.kv
 
 
@@ -120,7 +119,7 @@ class Rebuilder:
     def _change_over(self, job: _Job) -> None:
         state, row, position = self._state, job.row, int(self._positions[job.row])
         kept = self._columns(row, job.first, position)
-        state.kv[row, :, :, :, : job.done] = job.copy(state, position)[:, :, :, : job.done]
+        state.kv.row(row).first(job.done).copy_(job.copy(state, position).first(job.done))
         state.history[row, job.length : job.done] = kept
         state.position[row] = job.done
         self._positions[row], self._prompt_frames[row] = job.done, job.length

@@ -9,16 +9,23 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from app.engine.contract import FRAME_SAMPLES, EngineFault, Pcm, Role, Spoken
+from app.engine.personaplex.admission import admit, key_of
 from app.engine.personaplex.model import rows as state_rows
+from app.engine.personaplex.model.calibrate import even_keys
+from app.engine.personaplex.model.config import CODEBOOKS
 from app.engine.personaplex.model.lm import Lm, LmState, Reach
 from app.engine.personaplex.model.mimi import DecoderState, Mimi, MimiState
+from app.engine.personaplex.model.quantize import Weights, load_model
+from app.engine.personaplex.model.ring import Kv
 from app.engine.personaplex.model.tokenizer import Tokenizer
 from app.engine.personaplex.model.weights import Checkpoint, load
-from app.engine.personaplex.prefix import Prefix, PrefixCache, open_call, place
+from app.engine.personaplex.prefix import Prefix, PrefixCache, build_prompt, inputs, open_call, place
 from app.engine.personaplex.rebuild import HANDOFF_FRAMES, Rebuilder
 from app.engine.personaplex.seat import AUDIBLE_RMS, Seat
+from app.engine.personaplex.tick import Tick
 from app.engine.personaplex.voices import CodedVoice, Voice, read_packed_voice
 
 VoiceSource = Path | NDArray[np.float32]
@@ -26,6 +33,8 @@ VoiceSource = Path | NDArray[np.float32]
 Window = Literal["rebuild", "slide"]
 
 DEFAULT_VOICE = Role("", "").voice
+
+_USUAL_FRAMES = 64
 
 _log = logging.getLogger("personaline.engine")
 
@@ -42,52 +51,81 @@ class PersonaPlexRunner:
         voice: Callable[[str], VoiceSource],
         window: Window = "rebuild",
         seed: int | None = None,
+        weights: Weights = "bf16",
+        kv: Kv = "bf16",
+        graphs: bool = True,
+        measured: Path | None = None,
     ) -> None:
         """
         Args:
+            rows: the most calls at once; `warm_up` may find that fewer can be carried.
+            dtype: what is computed in; "bf16" weights and keys are of this dtype as well.
             voice: from a role's voice to where its sound is; raises EngineFault for one that is not there.
             window: how a call goes on beyond the model's window: "rebuild" keeps the prompt in it, "slide" loses it.
             seed: the same for every call, to be able to repeat one. None: each call its own.
+            weights, kv: how they are kept.
+            graphs: whether an NVIDIA GPU runs a tick as one CUDA graph.
+            measured: where measured ticks are kept, for the next start. None: `rows` are taken as they are.
         """
         self.rows = rows
         self._checkpoint, self._device, self._dtype = checkpoint, device, dtype
+        self._weights, self._kv, self._with_graphs, self._measured = weights, kv, graphs, measured
         self._voice_source, self._window, self._seed = voice, window, seed
-        self._seats: list[Seat | None] = [None] * rows
-        self._positions = np.zeros(rows, np.int64)
-        self._prompt_frames = np.zeros(rows, np.int64)
-        self._ranks = np.ones((rows, 2), np.int64)
+        self._seats: list[Seat | None] = []
         self._voices: dict[str, Voice] = {}
         self._ready = False
         self._tokenizer: Tokenizer
 
     def warm_up(self, roles: Sequence[Role]) -> None:
-        """Load the weights, read these roles' prompts and run one empty step. Raises EngineFault."""
+        """Load the weights, capture the tick, see how many calls it carries, and read these roles' prompts.
+
+        Raises EngineFault.
+        """
         try:
-            self._load()
+            self._load(roles)
+            self._tick.warm_up()
+            if self._measured is not None:
+                self._admit(self._measured)
+            self._seat_rows()
             for role in roles:
                 self._prefix(role)
-            self._advance(np.zeros((self.rows, FRAME_SAMPLES), np.float32), np.zeros(self.rows, np.bool_))
         except torch.OutOfMemoryError as error:
             reason = str(error).partition("\n")[0]
             raise EngineFault(f"{reason}; fewer ROWS take less, and personaline doctor says how many fit") from error
         self._ready = True
 
-    def _load(self) -> None:
+    def _load(self, roles: Sequence[Role]) -> None:
         checkpoint, device = self._checkpoint, self._device
         self._tokenizer = Tokenizer(checkpoint.tokenizer)
         if self._tokenizer.size != checkpoint.lm.text_card:
             found = f"{self._tokenizer.size} tokens where the model has {checkpoint.lm.text_card}"
             raise EngineFault(f"{checkpoint.tokenizer}: {found}; download the model again")
-        self._lm = Lm(checkpoint.lm, device, self._dtype)
-        load(checkpoint.model, self._lm.entries())
-        self._lm.pack(self.rows)
+        self._lm = Lm(checkpoint.lm, device, self._dtype, self._weights)
+        load_model(checkpoint.model, self._lm.entries(), self._weights)
         self._mimi = Mimi(checkpoint.mimi_config, device)
         load(checkpoint.mimi, self._mimi.entries())
         self._mimi.pack()
-        self._lm_state = LmState.of(checkpoint.lm, self.rows, device, self._dtype)
+        if self._kv != "bf16":
+            even_keys(self._lm, self._usual_inputs(roles))
+        self._lm.pack(self.rows)
+        self._lm_state = LmState.of(checkpoint.lm, self.rows, device, self._dtype, self._kv)
         self._mimi_state: MimiState = self._mimi.state(self.rows)
+        self._tick = Tick(self._lm, self._mimi, self._lm_state, self._mimi_state, self._with_graphs)
         self._silenced = self._after_silence()
-        self._prefixes = PrefixCache(self._lm)
+        self._prefixes = PrefixCache(self._lm, self._kv)
+
+    def _admit(self, measured: Path) -> None:
+        """Take as many calls as the tick carries in time, if that is fewer than there is memory for."""
+        lm, mimi = self._checkpoint.lm, self._checkpoint.mimi_config
+        key = key_of(self._device, self._dtype, lm, mimi, self._weights, self._kv, self._with_graphs)
+        self.rows = admit(self._tick, self._lm_state, self.rows, measured, key).calls
+
+    def _seat_rows(self) -> None:
+        """What the host knows of each row, none of which has a call."""
+        self._seats = [None] * self.rows
+        self._positions = np.zeros(self.rows, np.int64)
+        self._prompt_frames = np.zeros(self.rows, np.int64)
+        self._ranks = np.ones((self.rows, 2), np.int64)
         self._rebuilder = Rebuilder(self._lm, self._lm_state, self._positions, self._prompt_frames)
 
     def join(self, row: int, role: Role) -> None:
@@ -128,7 +166,7 @@ class PersonaPlexRunner:
             raise ValueError(f"step: found pcm {list(pcm.shape)}, active {list(active.shape)}; {right} are right")
         for row, seat in self._seated():
             self._guide_row(row, seat)
-        speech, tokens, taken = self._advance(pcm, active)
+        speech, tokens, taken = self._tick(pcm, active, self._reach(active))
         self._positions += active
         audible = np.sqrt(np.mean(np.square(speech), axis=1)) > AUDIBLE_RMS
         spoken: list[Spoken | None] = [None] * self.rows
@@ -144,20 +182,10 @@ class PersonaPlexRunner:
         self._rebuilder.work()
 
     def close(self) -> None:
-        for name in ("_lm", "_mimi", "_lm_state", "_mimi_state", "_silenced", "_prefixes", "_rebuilder"):
+        for name in ("_tick", "_lm", "_mimi", "_lm_state", "_mimi_state", "_silenced", "_prefixes", "_rebuilder"):
             self.__dict__.pop(name, None)
         self._voices.clear()
         self._seats = [None] * self.rows
-
-    def _advance(self, pcm: Pcm, active: NDArray[np.bool_]) -> tuple[Pcm, NDArray[np.int64], NDArray[np.int64]]:
-        """One tick on the device: sound [S, 1920], text tokens [S] and guided tokens given out [S]."""
-        heard = torch.from_numpy(pcm).to(self._device)
-        moves = torch.from_numpy(active).to(self._device)
-        codes = self._mimi.encode(self._mimi_state, heard, moves)
-        frame = self._lm.step(self._lm_state, codes, moves, self._reach(active))
-        speech = self._mimi.decode(self._mimi_state, frame[:, 1:], moves).clamp(-1, 1)
-        words = torch.stack((frame[:, 0], self._lm_state.guide.taken)).cpu().numpy()
-        return speech.cpu().numpy(), words[0], words[1]
 
     def _reach(self, active: NDArray[np.bool_]) -> Reach:
         text_ranks, audio_ranks = self._ranks[active].max(axis=0, initial=1)
@@ -220,6 +248,15 @@ class PersonaPlexRunner:
         guide.tokens[row, : len(guided.tokens)] = torch.tensor(guided.tokens, device=self._device)
         guide.taken[row] = 0
         guide.length[row], guide.within[row] = len(guided.tokens), guided.within_frames
+
+    def _usual_inputs(self, roles: Sequence[Role]) -> Tensor:
+        """What the model mostly meets, [T, D]: the first role's prompt, or silence where there is none."""
+        if roles:
+            voice, text = self._voice(roles[0]), self._tokenizer.role(roles[0].prompt)
+        else:
+            silence = torch.tensor(self._lm.config.silence_tokens)[:, None]
+            voice, text = CodedVoice("silence", silence.expand(CODEBOOKS, _USUAL_FRAMES)), []
+        return inputs(self._lm, build_prompt(self._lm.config, voice, text))
 
     def _after_silence(self) -> DecoderState:
         """The decoder as it is after the prompt's last frame, its silence: where every call begins."""

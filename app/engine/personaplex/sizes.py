@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from app.engine.personaplex.model.config import CODEBOOKS, COLUMN_ROWS, LmConfig, MimiConfig
 
 RESERVE_BYTES = 2**30
-"""Left free beside everything counted: libraries' workspaces, fragments, and some 4 MB a row that one step makes."""
+"""Left free beside everything counted: libraries' workspaces, fragments, the captured graphs themselves, and at most
+some 5 MB in which attention that is split over a sequence keeps its partial sums. An allowance, not measured."""
 
 HOT_FRAMES = 1_200
 """Frames of prompts kept on the device, 0.6 GB in bfloat16: a call of such a persona starts without a transfer."""
@@ -17,51 +18,131 @@ COPIES = 4
 and 75 calls 490, once (simulated: 6,000 ticks, prompts of 112 frames)."""
 
 _FLOAT32_BYTES, _INT64_BYTES, _INT32_BYTES = 4, 8, 4
+_STORED_BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.5}
+_INT4_GROUP = 128
+_INT4_GROUP_BYTES = 4
 _SMALL_STATE_BYTES = 16 * 2**10
 """A row's positions, settings, last tokens and guided words, rounded up."""
 _PASS_FRAMES = 512
 _PROMPT_FRAMES = 150
+_STEP_ACTIVATIONS = 8
+"""What lives at once at the worst moment of a step, inside the codec's decoder: as much as so many of its widest
+activations (counted, on tensors without memory: 7.9)."""
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Bytes on the device. `row_bytes` is the state of one call: keys and values, history of tokens, codec streams.
 
-    `workspace_bytes` is an estimate: the rows being made anew behind prompts of 150 frames, the prompts kept ready, and
-    the activations of a pass over 512 positions at their widest, inside a feed-forward block.
+    `step_bytes_per_row` is an estimate: what a step of all rows makes and drops again. A captured step keeps it for
+    itself, once for all widths, because the widest is captured first and the others find their place in it.
+
+    `copy_bytes` is an estimate: one row being made anew, behind a prompt of 150 frames.
+
+    `workspace_bytes` is an estimate: the prompts kept ready, and the activations of a pass over 512 positions at their
+    widest, inside a feed-forward block; where keys and values are quantised, also those of one layer as numbers that a
+    pass can read.
     """
 
     weights_bytes: int
     codec_weights_bytes: int
     row_bytes: int
+    step_bytes_per_row: int
     prefix_bytes_per_frame: int
+    copy_bytes: int
     workspace_bytes: int
 
     def needed_bytes(self, rows: int) -> int:
         """For this many calls at once, the reserve included."""
-        fixed = self.weights_bytes + self.codec_weights_bytes + self.workspace_bytes
-        return fixed + rows * self.row_bytes + RESERVE_BYTES
+        fixed = self.weights_bytes + self.codec_weights_bytes + self.workspace_bytes + RESERVE_BYTES
+        return fixed + rows * self.call_bytes + min(rows, COPIES) * self.copy_bytes
+
+    @property
+    def call_bytes(self) -> int:
+        """What one call more takes."""
+        return self.row_bytes + self.step_bytes_per_row
 
 
-def footprint(lm: LmConfig, mimi: MimiConfig, element_bytes: int) -> Footprint:
-    """`element_bytes`: 2 for bfloat16 and float16, 4 for float32. The codec is float32 whatever the model is."""
-    frame_bytes = 2 * lm.num_layers * lm.dim * element_bytes
-    ring_bytes = lm.ring * frame_bytes
-    copies_frames = COPIES * min(lm.ring, _PROMPT_FRAMES + KEPT_FRAMES)
+def footprint(lm: LmConfig, mimi: MimiConfig, element_bytes: int, weights: str = "bf16", kv: str = "bf16") -> Footprint:
+    """
+    Args:
+        element_bytes: of the dtype that is computed in, 2 for bfloat16 and float16, 4 for float32. The codec is float32
+            whatever the model is.
+        weights, kv: how the large matrices, and keys and values, are kept; "bf16" is as the model's dtype is.
+    """
+    frame_bytes = _frame_bytes(lm, element_bytes, kv)
     # Three activations of the model's width, four of the block's, and two float32 ones that normalise.
     widest_bytes = (3 * lm.dim + 4 * lm.hidden) * element_bytes + 2 * lm.dim * _FLOAT32_BYTES
+    # Keys and values of one layer, before and after their scales.
+    read_bytes = 0 if kv == "bf16" else 2 * 2 * lm.ring * lm.dim * element_bytes
+    ring_bytes = lm.ring * (frame_bytes + COLUMN_ROWS * _INT32_BYTES)
     return Footprint(
-        weights_bytes=lm_elements(lm, CODEBOOKS) * element_bytes,
+        weights_bytes=lm_bytes(lm, element_bytes, weights),
         codec_weights_bytes=codec_elements(mimi, CODEBOOKS) * _FLOAT32_BYTES,
-        row_bytes=ring_bytes + lm.ring * COLUMN_ROWS * _INT32_BYTES + codec_row_bytes(mimi) + _SMALL_STATE_BYTES,
+        row_bytes=ring_bytes + codec_row_bytes(mimi) + _SMALL_STATE_BYTES,
+        step_bytes_per_row=_step_bytes(mimi),
         prefix_bytes_per_frame=frame_bytes,
-        workspace_bytes=(copies_frames + HOT_FRAMES) * frame_bytes + _PASS_FRAMES * widest_bytes,
+        copy_bytes=min(lm.ring, _PROMPT_FRAMES + KEPT_FRAMES) * frame_bytes,
+        workspace_bytes=HOT_FRAMES * frame_bytes + _PASS_FRAMES * widest_bytes + read_bytes,
     )
 
 
 def rows_that_fit(footprint: Footprint, free_bytes: int) -> int:
     """Calls at once on a device with so much memory free before anything is loaded; RESERVE_BYTES stay free."""
-    return max(0, (free_bytes - footprint.needed_bytes(0)) // footprint.row_bytes)
+    beyond = (free_bytes - footprint.needed_bytes(COPIES)) // footprint.call_bytes
+    if beyond >= 0:
+        return COPIES + beyond
+    return max((rows for rows in range(COPIES) if footprint.needed_bytes(rows) <= free_bytes), default=0)
+
+
+def lm_bytes(lm: LmConfig, element_bytes: int, weights: str = "bf16") -> int:
+    """The language model's weights with the eight depformer steps that are run.
+
+    Quantised are the large matrices only: embeddings, heads and norms stay in the model's dtype. int8 and fp8 have a
+    float32 scale for each output; int4 has a scale and a zero, two bytes each, for 128 inputs of an output.
+    """
+    whole = lm_elements(lm, CODEBOOKS) * element_bytes
+    if weights == "bf16":
+        return whole
+    return whole + sum(
+        count * outputs * (_inputs_bytes(inputs, weights) - inputs * element_bytes)
+        for count, outputs, inputs in _large_matrices(lm)
+    )
+
+
+def _inputs_bytes(inputs: int, weights: str) -> int:
+    """Of all inputs of one output, scales included."""
+    stored = int(inputs * _STORED_BYTES[weights])
+    if weights != "int4":
+        return stored + _FLOAT32_BYTES
+    # Of matrices that 128 does not divide the groups are smaller.
+    group = next(size for size in range(min(_INT4_GROUP, inputs), 0, -1) if inputs % size == 0 and size % 2 == 0)
+    return stored + inputs // group * _INT4_GROUP_BYTES
+
+
+def _large_matrices(lm: LmConfig) -> Iterator[tuple[int, int, int]]:
+    """How many there are, and their outputs and inputs."""
+    temporal = (lm.num_layers, lm.dim, lm.hidden)
+    depformer = (CODEBOOKS * lm.depformer_num_layers, lm.depformer_dim, lm.depformer_hidden)
+    for count, dim, hidden in (temporal, depformer):
+        yield count, 3 * dim, dim
+        yield count, dim, dim
+        yield count, 2 * hidden, dim
+        yield count, dim, hidden
+    yield CODEBOOKS, lm.depformer_dim, lm.dim
+
+
+def _frame_bytes(lm: LmConfig, element_bytes: int, kv: str) -> int:
+    """Keys and values of one position in all layers; quantised ones have a float32 scale for each head."""
+    if kv == "bf16":
+        return 2 * lm.num_layers * lm.dim * element_bytes
+    return 2 * lm.num_layers * (int(lm.dim * _STORED_BYTES[kv]) + lm.num_heads * _FLOAT32_BYTES)
+
+
+def _step_bytes(mimi: MimiConfig) -> int:
+    """For each row: activations, and a frame of sound with its tokens in and out."""
+    widest = mimi.n_filters * mimi.frame_samples
+    return (_STEP_ACTIVATIONS * widest + 2 * (mimi.frame_samples + 2)) * _FLOAT32_BYTES
 
 
 def lm_elements(lm: LmConfig, depformer_steps: int) -> int:

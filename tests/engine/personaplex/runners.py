@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from app.engine.contract import FRAME_SAMPLES, Role, Spoken
 from app.engine.personaplex.model import rows
+from app.engine.personaplex.model.ring import Kv
 from app.engine.personaplex.model.weights import find_checkpoint
 from app.engine.personaplex.runner import PersonaPlexRunner, Window
 from app.engine.personaplex.voices import unpack_voices, voice_file
@@ -25,11 +26,12 @@ def tiny_runner(
     window: Window = "rebuild",
     seed: int | None = 1,
     dtype: torch.dtype = torch.float32,
+    kv: Kv = "bf16",
 ) -> PersonaPlexRunner:
     found = find_checkpoint(checkpoint)
     voices = unpack_voices(found.voices, checkpoint / "voices") if found.voices.is_file() else found.voices
     return PersonaPlexRunner(
-        found, count, torch.device("cpu"), dtype, lambda name: voice_file(voices, name), window, seed
+        found, count, torch.device("cpu"), dtype, lambda name: voice_file(voices, name), window, seed, kv=kv
     )
 
 

@@ -4,6 +4,7 @@ import torch
 
 from app.engine.personaplex.model.config import CODEBOOKS, LmConfig
 from app.engine.personaplex.model.lm import Lm, LmState, Reach
+from app.engine.personaplex.model.ring import Ring
 from app.engine.personaplex.model.rows import leaves
 
 META = torch.device("meta")
@@ -32,7 +33,7 @@ def test_a_step_of_the_real_model_asks_nothing_of_the_device_and_moves_its_state
 def test_a_prompt_of_the_real_model_is_read_in_one_pass() -> None:
     lm, _ = real()
     c = lm.config
-    kv = torch.empty(c.num_layers, 2, c.num_heads, 112, c.head_dim, dtype=torch.bfloat16, device=META)
+    kv = Ring.of(c, 1, 112, META, torch.bfloat16)
     columns = torch.zeros(112, 17, dtype=torch.int64, device=META)
 
     hidden = lm.transformer.extend(lm.embed(columns), kv, 0)
@@ -44,4 +45,4 @@ def test_a_prompt_of_the_real_model_is_read_in_one_pass() -> None:
 def test_the_window_is_the_2999_positions_that_the_model_was_published_with() -> None:
     _, state = real()
 
-    assert state.kv.shape == (ROWS, 32, 2, 32, 2_999, 128)
+    assert state.kv.values.shape == (ROWS, 32, 2, 32, 2_999, 128)

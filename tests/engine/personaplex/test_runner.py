@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from app.engine.contract import FRAME_SAMPLES, EngineFault, Role, Spoken
+from app.engine.personaplex.model.ring import Kv
 from app.engine.personaplex.model.weights import TOKENIZER_NAME, find_checkpoint
 from app.engine.personaplex.prefix import PrefixCache
 from app.engine.personaplex.runner import PersonaPlexRunner
@@ -189,11 +190,13 @@ def test_up_to_its_rebuild_a_call_says_what_a_sliding_one_says_and_then_somethin
 def made_of_its_history(runner: PersonaPlexRunner, row: int) -> bool:
     """Whether a row's keys and values are those of its prompt's and its frames' columns, read in one pass."""
     state, position = runner._lm_state, int(runner._positions[row])
-    kv = state.kv[row, :, :, :, :position].clone()
+    now = state.kv.row(row).first(position)
+    kv = now.like(position)
+    kv.copy_(now)
     prompt = int(runner._prompt_frames[row])
     columns = state.history[row, prompt:position]
     runner._lm.transformer.extend(runner._lm.embed(columns), kv, prompt)
-    return torch.allclose(kv, state.kv[row, :, :, :, :position], atol=1e-4)
+    return torch.allclose(kv.values, now.values, atol=1e-4)
 
 
 def test_a_handoff_gives_the_call_the_new_prompt_and_the_last_frames(runner: PersonaPlexRunner) -> None:
@@ -210,7 +213,7 @@ def test_a_handoff_gives_the_call_the_new_prompt_and_the_last_frames(runner: Per
     assert runner._prompt_frames[1] == length
     assert runner._positions[1] == length + 21
     assert runner._lm_state.history[1, length : length + 20].equal(before)
-    assert runner._lm_state.kv[1, :, :, :, :length].equal(prefix.kv)
+    assert runner._lm_state.kv.row(1).first(length).values.equal(prefix.kv.values)
     assert made_of_its_history(runner, 1)
     stage.end(1)
 
@@ -251,6 +254,44 @@ def test_rows_are_always_made_of_their_own_last_frames(checkpoint: Path, monkeyp
                 changed += 1
                 assert made_of_its_history(runner, row), f"tick {tick}, row {row}"
     assert changed > 15
+
+
+@pytest.mark.parametrize("kv", ["int8", "fp8"])
+def test_keys_in_a_byte_each_are_the_prompts_own_bytes_after_every_rebuild_and_handoff(
+    checkpoint: Path, kv: Kv
+) -> None:
+    """So that no call's prompt wears out by being rounded again and again."""
+    runner = tiny_runner(checkpoint, 2, kv=kv)
+    runner.warm_up([HARBOUR, CAPTAIN])
+    stage = Stage(runner)
+    said = [
+        stage.begin(0, Call(1, HARBOUR, 3 * CONTEXT)),
+        stage.begin(1, Call(2, HARBOUR, 200, handed_over=(20, CAPTAIN))),
+    ]
+    made_anew = 0
+    for _ in range(180):
+        before = runner._positions.copy()
+        stage.tick()
+        made_anew += int((runner._positions < before).sum())
+
+    assert made_anew >= 3
+    for row, role in enumerate((HARBOUR, CAPTAIN)):
+        prefix = runner._prefix(role)
+        now = runner._lm_state.kv.row(row).first(len(prefix.prompt))
+        assert now.values.view(torch.uint8).equal(prefix.kv.values.view(torch.uint8))
+        assert now.scales.equal(prefix.kv.scales)
+        assert all(np.isfinite(frame.pcm).all() for frame in said[row])
+
+
+@pytest.mark.parametrize("kv", ["int8", "fp8"])
+def test_a_runner_that_keeps_keys_in_a_byte_each_reads_prompts_as_an_exact_one_does(checkpoint: Path, kv: Kv) -> None:
+    rounded, exact = tiny_runner(checkpoint, 1, kv=kv), tiny_runner(checkpoint, 1)
+    for runner in (rounded, exact):
+        runner.warm_up([HARBOUR])
+
+    one, other = (runner._prefix(HARBOUR).hidden[0] for runner in (rounded, exact))
+    assert torch.cosine_similarity(one, other, dim=0) > 0.995
+    assert not one.equal(other)
 
 
 def test_a_call_that_ends_while_it_is_made_anew_leaves_nothing_to_the_rows_next_owner(
@@ -376,11 +417,11 @@ def test_a_prompt_with_other_variables_reads_only_what_changed(runner: PersonaPl
     shared = one.prompt.shared(other.prompt)
 
     assert 20 < shared < len(other.prompt)
-    assert other.kv[:, :, :, :shared].equal(one.kv[:, :, :, :shared])
+    assert other.kv.first(shared).values.equal(one.kv.first(shared).values)
     fresh = tiny_runner(runner._checkpoint.folder, 1)
     fresh.warm_up([])
     whole = fresh._prefix(replace(HARBOUR, prompt="You work for the harbour office and your name is Bill."))
-    assert np.allclose(whole.kv, other.kv, atol=1e-4)
+    assert np.allclose(whole.kv.values, other.kv.values, atol=1e-4)
     assert np.allclose(whole.hidden, other.hidden, atol=1e-4)
 
 
@@ -401,12 +442,12 @@ def test_prompts_used_long_ago_go_to_the_host_and_then_away(
         cache.of(voice, text)
 
     assert sum(len(prefix.prompt) for prefix in cache._hot.values()) <= 100
-    assert cache.of(voice, first).kv.equal(kept.kv)
+    assert cache.of(voice, first).kv.values.equal(kept.kv.values)
     for text in others:
         cache.of(voice, text)
     assert sum(len(prefix.prompt) for prefix in cache._cold.values()) <= 150
     assert cache.of(voice, first) is not kept
-    assert torch.allclose(cache.of(voice, first).kv, kept.kv, atol=1e-4)
+    assert torch.allclose(cache.of(voice, first).kv.values, kept.kv.values, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -418,7 +459,7 @@ def test_half_precision_answers_too_and_agrees_with_full(checkpoint: Path, dtype
     said = Stage(half).alone(0, Call(1, HARBOUR, 12))
 
     assert all(np.isfinite(frame.pcm).all() for frame in said)
-    assert half._prefix(HARBOUR).kv.dtype == dtype
+    assert half._prefix(HARBOUR).kv.values.dtype == dtype
     one, other = (runner._prefix(HARBOUR).hidden[0].float() for runner in (half, full))
     assert torch.cosine_similarity(one, other, dim=0) > 0.999
 

@@ -7,7 +7,7 @@ from torch.nn import functional
 from app.engine.personaplex.model.config import MimiConfig
 from app.engine.personaplex.model.entries import Entry
 from app.engine.personaplex.model.linear import SEVERAL, Linear
-from app.engine.personaplex.model.transformer import Rotation, frequencies
+from app.engine.personaplex.model.ops import Rotation, frequencies
 
 _EPSILON = 1e-5
 

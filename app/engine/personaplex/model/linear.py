@@ -6,14 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from app.engine.personaplex.model import kernels
+from app.engine.personaplex.model.quantize import Matrix, Quantized
+
 SEVERAL = 2
 """Rows to expect where a frame alone is more than one: inside the codec."""
+_HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class Linear:
     """`x [..., in]` -> `[..., out]`, without a bias, as everywhere in these networks."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Matrix) -> None:
         """`weight` [out, in], often a view into a stack that the loader fills."""
         self._weight = weight
         self._blocked: Tensor | None = None
@@ -24,7 +28,16 @@ class Linear:
             return _by_shards(x, self._shards)
         if self._blocked is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self._blocked, None, "none", [], "")  # type: ignore[no-any-return]
+        if isinstance(self._weight, Quantized):
+            return _quantised(x, self._weight)
         return functional.linear(x, self._weight)
+
+    def scale_rows(self, factor: Tensor) -> None:
+        """Multiply the outputs by `factor` [out], exactly where these are powers of two. Before `pack`."""
+        if isinstance(self._weight, Quantized):
+            self._weight.scale_rows(factor)
+        else:
+            self._weight.copy_(self._weight * factor.to(self._weight)[:, None])
 
     def pack(self, rows: int = 1) -> None:
         """Once, when the weights are there; `rows` is how many rows will mostly be multiplied.
@@ -34,7 +47,7 @@ class Linear:
         oneDNN's blocked layout.
         """
         weight = self._weight
-        if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        if isinstance(weight, Quantized) or weight.device.type != "cpu" or weight.dtype != torch.float32:
             return
         if rows == 1:
             self._shards = _shards(weight)
@@ -43,6 +56,18 @@ class Linear:
         else:
             return
         self._weight = weight.new_empty(0)
+
+
+def _quantised(x: Tensor, weight: Quantized) -> Tensor:
+    """By the kernel in half precision on a GPU; elsewhere some outputs at a time, as the numbers they stand for."""
+    if x.is_cuda and x.dtype in _HALF_PRECISION and kernels.available(x.device):
+        # It imports Triton, which only a GPU's torch brings.
+        from app.engine.personaplex.model.kernels.matmul import matmul
+
+        rows = x.reshape(-1, x.shape[-1])
+        return matmul(rows, weight.data, weight.scales, weight.kind).view(*x.shape[:-1], len(weight))
+    parts = [functional.linear(x, weight[rows].dequantised(x.dtype)) for rows in weight.slices()]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def _shards(weight: Tensor) -> Tensor:

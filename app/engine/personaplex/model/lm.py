@@ -10,6 +10,8 @@ from app.engine.personaplex.model.depformer import Depformer
 from app.engine.personaplex.model.entries import Entry
 from app.engine.personaplex.model.guide import Guide, steer
 from app.engine.personaplex.model.linear import Linear
+from app.engine.personaplex.model.quantize import Weights
+from app.engine.personaplex.model.ring import Kv, Ring, kv_dtype
 from app.engine.personaplex.model.sampling import Choice, draw, gumbel
 from app.engine.personaplex.model.transformer import Transformer
 
@@ -23,7 +25,7 @@ class LmState:
     columns that made the ring's keys and values.
     """
 
-    kv: Tensor
+    kv: Ring
     history: Tensor
     position: Tensor
     next_agent: Tensor
@@ -32,13 +34,14 @@ class LmState:
     guide: Guide
 
     @classmethod
-    def of(cls, config: LmConfig, rows: int, device: torch.device, dtype: torch.dtype) -> "LmState":
+    def of(cls, config: LmConfig, rows: int, device: torch.device, dtype: torch.dtype, kv: Kv = "bf16") -> "LmState":
+        """New rows. `dtype` is the model's."""
+
         def whole(*shape: int) -> Tensor:
             return torch.zeros(rows, *shape, dtype=torch.int64, device=device)
 
-        cache = (rows, config.num_layers, 2, config.num_heads, config.ring, config.head_dim)
         return cls(
-            kv=torch.zeros(cache, device=device, dtype=dtype),
+            kv=Ring.of(config, rows, config.ring, device, kv_dtype(kv, dtype)),
             history=torch.zeros(rows, config.ring, COLUMN_ROWS, dtype=torch.int32, device=device),
             position=whole(),
             next_agent=whole(1 + CODEBOOKS),
@@ -63,7 +66,9 @@ class Reach:
 class Lm:
     """Weights of the temporal transformer, the depformer and all embeddings. Engine thread only."""
 
-    def __init__(self, config: LmConfig, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, config: LmConfig, device: torch.device, dtype: torch.dtype, weights: Weights = "bf16") -> None:
+        """`weights`: how large matrices are kept; embeddings, norms and heads are in `dtype`. Raises EngineFault."""
+
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, device=device, dtype=dtype)
 
@@ -72,8 +77,8 @@ class Lm:
         self._text_table = empty(config.text_card + 1, config.dim)
         self._text_weight = empty(config.text_card, config.dim)
         self._text_head = Linear(self._text_weight)
-        self.transformer = Transformer(config, device, dtype)
-        self.depformer = Depformer(config, device, dtype)
+        self.transformer = Transformer(config, device, dtype, weights)
+        self.depformer = Depformer(config, device, dtype, weights)
         self._table_start = torch.arange(2 * CODEBOOKS, device=device) * (config.card + 1)
 
     def entries(self) -> dict[str, Entry]:
@@ -128,7 +133,7 @@ class Lm:
         column = torch.cat((state.next_agent, user[:, :1], state.user_acoustics), 1)
         row = torch.arange(len(column), device=column.device)
         state.history[row, state.position % self.config.ring] = column.to(torch.int32)
-        hidden = self.transformer.step(self.embed(column), state.kv, state.position, reach.longest)
+        hidden = self.transformer.step(self.embed(column), state.kv, state.position, active, reach.longest)
         choice = state.choice
         text_noise = gumbel(choice.seed, choice.drawn, 0, 1, reach.text_ranks)
         sampled = draw(self.text_logits(hidden), choice.text_temperature, choice.text_top_k, text_noise[:, 0])

@@ -3,7 +3,7 @@
 A state is a dataclass of tensors or of further such dataclasses; axis 0 of every tensor is the row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -29,9 +29,15 @@ def clear(state: Any, row: int) -> None:
         tensor[row].zero_()
 
 
+def first(state: State, count: int) -> State:
+    """A view of the first rows as a state of its own."""
+    view: State = _rebuilt(state, lambda tensor: tensor[:count])
+    return view
+
+
 def snapshot(state: State, row: int) -> State:
     """A copy of one row as a state of its own, with a single row."""
-    copy: State = _rebuilt(state, row)
+    copy: State = _rebuilt(state, lambda tensor: tensor[row : row + 1].clone())
     return copy
 
 
@@ -41,7 +47,7 @@ def restore(state: State, row: int, kept: State) -> None:
         tensor[row].copy_(copy[0])
 
 
-def _rebuilt(state: Any, row: int) -> Any:
+def _rebuilt(state: Any, of: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(state, Tensor):
-        return state[row : row + 1].clone()
-    return type(state)(**{field.name: _rebuilt(getattr(state, field.name), row) for field in fields(state)})
+        return of(state)
+    return type(state)(**{field.name: _rebuilt(getattr(state, field.name), of) for field in fields(state)})

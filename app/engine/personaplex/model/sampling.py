@@ -61,11 +61,16 @@ def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, noise: Tensor) -> T
         noise: from `gumbel`, [S, ranks]; no top_k may be larger than ranks.
     """
     ranks = min(noise.shape[1], logits.shape[1])
-    best, tokens = logits.to(torch.float32).topk(ranks, dim=1)
+    best, tokens = _ranked(logits.to(torch.float32), ranks)
     warm = (temperature > 0)[:, None]
     score = torch.where(warm, best / temperature.clamp(min=1e-6)[:, None] + noise[:, :ranks], best)
     score = score.masked_fill(torch.arange(ranks, device=score.device) >= top_k.clamp(min=1)[:, None], -torch.inf)
     return tokens.gather(1, score.argmax(1, keepdim=True))[:, 0]
+
+
+def _ranked(logits: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+    # All of them are sorted in one kernel on a GPU; choosing first takes several.
+    return logits.topk(ranks, dim=1) if ranks < logits.shape[1] else logits.sort(dim=1, descending=True, stable=True)
 
 
 def _mixed(x: Tensor) -> Tensor:

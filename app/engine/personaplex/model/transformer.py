@@ -1,8 +1,5 @@
 """The temporal transformer: one position a step over a ring of keys and values, or many positions in one pass."""
 
-import math
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -10,58 +7,22 @@ from torch.nn import functional
 from app.engine.personaplex.model.config import LmConfig
 from app.engine.personaplex.model.entries import Entry
 from app.engine.personaplex.model.linear import Linear
+from app.engine.personaplex.model.ops import Rotation, frequencies, ops_for, rms_norm
+from app.engine.personaplex.model.quantize import Matrix, Weights, empty_matrix
+from app.engine.personaplex.model.ring import Ring
 
-_EPSILON = 1e-8
 _KEYS_BLOCK = 64
 """Attention reads whole blocks of slots, so that sums do not depend on how long the other rows' calls are."""
 
 
-def rms_norm(x: Tensor, alpha: Tensor) -> Tensor:
-    """Computed in float32 whatever the dtype, as Moshi was trained."""
-    return functional.rms_norm(x, alpha.shape, alpha, _EPSILON)
-
-
-def gated(x: Tensor, into: Linear, out: Linear) -> Tensor:
-    """The feed-forward block: the first half of `into` opens the second (SiLU)."""
-    gate, value = into(x).chunk(2, -1)
-    return out(functional.silu(gate) * value)
-
-
-@dataclass(frozen=True, slots=True)
-class Rotation:
-    """Cosines and sines for a set of positions, float32 [..., 1, head_dim / 2].
-
-    Source: RoFormer, arXiv:2104.09864, with pairs of neighbouring channels.
-    """
-
-    cos: Tensor
-    sin: Tensor
-
-    @classmethod
-    def at(cls, position: Tensor, frequencies: Tensor) -> "Rotation":
-        angle = position.to(torch.float32)[..., None, None] * frequencies
-        return cls(angle.cos(), angle.sin())
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Turn x [..., H, head_dim]."""
-        even, odd = x.to(torch.float32).unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((even * self.cos - odd * self.sin, even * self.sin + odd * self.cos), -1)
-        return turned.flatten(-2).to(x.dtype)
-
-
-def frequencies(head_dim: int, max_period: float, device: torch.device) -> Tensor:
-    pair = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
-    return torch.exp(pair * (-math.log(max_period) * 2 / head_dim))
-
-
 class _Layer:
-    def __init__(self, config: LmConfig, device: torch.device, dtype: torch.dtype) -> None:
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, device=device, dtype=dtype)
+    def __init__(self, config: LmConfig, device: torch.device, dtype: torch.dtype, weights: Weights) -> None:
+        def matrix(rows: int, inputs: int) -> Matrix:
+            return empty_matrix(weights, rows, inputs, device, dtype)
 
         dim, hidden = config.dim, config.hidden
-        self.norm1, self.norm2 = empty(dim), empty(dim)
-        self._raw = [empty(3 * dim, dim), empty(dim, dim), empty(2 * hidden, dim), empty(dim, hidden)]
+        self.norm1, self.norm2 = (torch.empty(dim, device=device, dtype=dtype) for _ in range(2))
+        self._raw = [matrix(3 * dim, dim), matrix(dim, dim), matrix(2 * hidden, dim), matrix(dim, hidden)]
         self.qkv, self.out, self.gate_in, self.gate_out = map(Linear, self._raw)
 
     def entries(self, place: str) -> dict[str, Entry]:
@@ -84,11 +45,12 @@ class Transformer:
     `config.ring` positions in any order, and softmax does not ask for one. Engine thread only.
     """
 
-    def __init__(self, config: LmConfig, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, config: LmConfig, device: torch.device, dtype: torch.dtype, weights: Weights = "bf16") -> None:
         self.config = config
-        self._layers = [_Layer(config, device, dtype) for _ in range(config.num_layers)]
+        self._layers = [_Layer(config, device, dtype, weights) for _ in range(config.num_layers)]
         self._out_norm = torch.empty(config.dim, device=device, dtype=dtype)
         self._frequencies = frequencies(config.head_dim, config.max_period, device)
+        self._ops = ops_for(device)
 
     def entries(self) -> dict[str, Entry]:
         named = {"out_norm.alpha": Entry((1, 1, self.config.dim), self._out_norm)}
@@ -100,41 +62,39 @@ class Transformer:
         for layer in self._layers:
             layer.pack(rows)
 
-    def step(self, x: Tensor, kv: Tensor, position: Tensor, longest: int) -> Tensor:
+    def step(self, x: Tensor, kv: Ring, position: Tensor, active: Tensor, longest: int) -> Tensor:
         """One position of every row.
 
         Args:
             x: [S, D] inputs.
-            kv: [S, L, 2, H, ring, head_dim]; the slot of each row's position is written.
+            kv: of S rows; the slot of each row's position is written.
             position: int64 [S], absolute.
-            longest: at least the most positions that any row of interest holds, this one included.
+            active: bool [S]. What comes out for another row means nothing, and nothing is read for it where that saves
+                time.
+            longest: at least the most positions that any active row holds, this one included.
 
         Returns:
             [S, D], normalised: for the text head and the depformer.
         """
-        ring = self.config.ring
+        ring, ops = self.config.ring, self._ops
         reach = min(ring, -(-longest // _KEYS_BLOCK) * _KEYS_BLOCK)
-        held = (position + 1).clamp(max=ring)
-        mask = torch.arange(reach, device=x.device) < held[:, None, None, None]
-        row, slot = torch.arange(len(x), device=x.device), position % ring
+        held, slot = ops.held(position, active, ring), position % ring
         turn = Rotation.at(position[:, None], self._frequencies)
+        y: Tensor | None = None
         for index, layer in enumerate(self._layers):
-            q, k, v = self._qkv(layer, x, turn)
-            cache = kv[:, index]
-            cache[row, 0, :, slot] = k
-            cache[row, 1, :, slot] = v
-            found = functional.scaled_dot_product_attention(
-                q[:, :, None], cache[:, 0, :, :reach], cache[:, 1, :, :reach], attn_mask=mask
-            )
-            x = self._after_attention(layer, x, found.reshape(x.shape))
-        return rms_norm(x, self._out_norm)
+            cache = kv.layer(index)
+            x, normed = ops.add_norm(x, y, layer.norm1)
+            q = ops.append(self._heads(layer, normed), turn, cache, slot)
+            x, normed = ops.add_norm(x, layer.out(ops.attend(q, cache, held, reach)), layer.norm2)
+            y = layer.gate_out(ops.gate(layer.gate_in(normed)))
+        return ops.add_norm(x, y, self._out_norm)[1]
 
-    def extend(self, x: Tensor, kv: Tensor, start: int) -> Tensor:
+    def extend(self, x: Tensor, kv: Ring, start: int) -> Tensor:
         """Many positions of one call in one pass, after `start` positions that `kv` holds already.
 
         Args:
             x: [T, D] inputs of positions start .. start + T - 1.
-            kv: [L, 2, H, P, head_dim] in the order of positions, P at least start + T; the new ones are written.
+            kv: of one row, its slots in the order of positions, at least start + T; the new ones are written.
 
         Returns:
             [T, D], normalised.
@@ -144,20 +104,25 @@ class Transformer:
         behind = position[:, None] - torch.arange(end, device=x.device)
         mask = (behind >= 0) & (behind < self.config.ring)
         turn = Rotation.at(position[:, None], self._frequencies)
+        new = (slice(None), slice(None), slice(None), slice(start, end))
         for index, layer in enumerate(self._layers):
-            q, k, v = (part.transpose(0, 1) for part in self._qkv(layer, x, turn))
-            kv[index, 0, :, start:end] = k
-            kv[index, 1, :, start:end] = v
-            keys, values = kv[index, :, None, :, :end]
+            heads, cache = self._heads(layer, rms_norm(x, layer.norm1)), kv.layer(index)
+            q, k = turn(heads[:, :2]).transpose(0, 2).unbind(1)
+            cache.put(new, torch.stack((k, heads[:, 2].transpose(0, 1)))[None])
+            keys, values = cache.read(end, x.dtype).unbind(1)
             found = functional.scaled_dot_product_attention(q[None], keys, values, attn_mask=mask)
-            x = self._after_attention(layer, x, found[0].transpose(0, 1).reshape(x.shape))
+            x = x + layer.out(found[0].transpose(0, 1).reshape(x.shape))
+            x = x + layer.gate_out(self._ops.gate(layer.gate_in(rms_norm(x, layer.norm2))))
         return rms_norm(x, self._out_norm)
 
-    def _qkv(self, layer: _Layer, x: Tensor, turn: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        heads = layer.qkv(rms_norm(x, layer.norm1)).view(len(x), 3, self.config.num_heads, -1)
-        q, k = turn(heads[:, :2]).unbind(1)
-        return q, k, heads[:, 2]
+    def scale_keys(self, scale: Tensor) -> None:
+        """Divide every key by `scale` float32 [L, H, head_dim / 2], one for each pair of channels that turn together,
+        and multiply the queries by it: nothing that attention gives changes, and nothing at all where scales are powers
+        of two. Before `pack`.
+        """
+        for layer, pairs in zip(self._layers, scale, strict=True):
+            channels = pairs.repeat_interleave(2, -1).flatten()
+            layer.qkv.scale_rows(torch.cat((channels, 1 / channels, torch.ones_like(channels))))
 
-    def _after_attention(self, layer: _Layer, x: Tensor, found: Tensor) -> Tensor:
-        x = x + layer.out(found)
-        return x + gated(rms_norm(x, layer.norm2), layer.gate_in, layer.gate_out)
+    def _heads(self, layer: _Layer, normed: Tensor) -> Tensor:
+        return layer.qkv(normed).view(len(normed), 3, self.config.num_heads, -1)

@@ -1,7 +1,7 @@
 """A checkpoint's files: where they are, and their tensors streamed one by one to where they belong."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,9 @@ from app.engine.personaplex.model.config import LmConfig, MimiConfig, read_confi
 
 # A machine without torch can still be told which files are missing.
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from app.engine.personaplex.model.entries import Entry
 
 MODEL_NAME = "model.safetensors"
@@ -20,6 +23,8 @@ TOKENIZER_NAME = "tokenizer_spm_32k_3.model"
 CONFIG_NAME = "config.json"
 VOICES_NAME, VOICES_ARCHIVE_NAME = "voices", "voices.tgz"
 
+_PART_BYTES = 64 * 2**20
+"""Of a tensor at once. Twice that is pinned while a GPU is loaded."""
 _FLOATS = ("BF16", "F16", "F32", "F64")
 
 
@@ -59,26 +64,78 @@ def find_checkpoint(folder: Path) -> Checkpoint:
 
 
 def load(file: Path, entries: "Mapping[str, Entry]") -> None:
-    """Copy the tensors of a safetensors file to where `entries` wants them, one at a time and only the rows wanted.
+    """Copy the tensors of a safetensors file to where `entries` wants them.
 
-    The file is mapped anew for each tensor, so that this process never holds more of it than one. A cast is made on
-    the host: the device holds nothing twice.
+    Nothing is left beside the file: `quantize.load_model` keeps what was quantised for the next start.
 
     Raises:
         EngineFault: the file cannot be read, or has keys, shapes or types other than `entries`. All of them are
             named, and nothing has been copied yet.
     """
-    _check(file, entries)
+    check(file, entries)
+    stream(file, entries)
+
+
+def stream(file: Path, entries: "Mapping[str, Entry]", done: Callable[[str], object] = lambda key: None) -> None:
+    """Copy tensors of a file that has them, one at a time and only the rows wanted. `done` hears of each that is there.
+
+    The file is mapped anew for each tensor, so that this process never holds more of it than one, and copied in parts:
+    what is cast or quantised needs room for one part beside it. A part goes to a GPU through pinned memory, which it
+    reads without a detour while the next part is being fetched.
+
+    Raises:
+        EngineFault: the file cannot be read.
+    """
+    staging: _Staging | None = None
     for key, entry in entries.items():
-        if entry.into is not None:
-            with _opened(file) as tensors:
-                wanted = tensors.get_slice(key)[: entry.rows]
-                entry.into.copy_(wanted.reshape(entry.into.shape))
+        if entry.into is None:
+            continue
+        if staging is None and entry.into.device.type == "cuda":
+            staging = _Staging(entry.into.device)
+        with opened(file) as tensors:
+            wanted = tensors.get_slice(key)[: entry.rows].reshape(entry.into.shape)
+            for rows in parts(wanted):
+                entry.into[rows].copy_(wanted[rows] if staging is None else staging.send(wanted[rows]))
+        done(key)
 
 
-def _check(file: Path, entries: "Mapping[str, Entry]") -> None:
-    with _opened(file) as tensors:
-        found = {key: _described(tensors, key) for key in tensors.keys()}  # noqa: SIM118 - no mapping, it has only keys()
+def parts(tensor: "Tensor") -> Iterator[slice]:
+    """What to copy of a tensor at once: some of axis 0."""
+    step = max(1, _PART_BYTES * len(tensor) // max(1, tensor.nbytes))
+    return (slice(first, first + step) for first in range(0, len(tensor), step))
+
+
+class _Staging:
+    """Two places in pinned host memory, filled in turn: while a GPU reads one, the other is filled."""
+
+    def __init__(self, device: "torch.device") -> None:
+        import torch
+
+        self._device = device
+        self._places = [torch.empty(_PART_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._read = [torch.cuda.Event() for _ in range(2)]
+
+    def send(self, part: "Tensor") -> "Tensor":
+        """A copy on the device, for what the current stream does next. Its host memory may go at once."""
+        import torch
+
+        if part.nbytes > _PART_BYTES:
+            return part.to(self._device)
+        place, read = self._places[0], self._read[0]
+        self._places.reverse()
+        self._read.reverse()
+        read.synchronize()
+        held = place[: part.nbytes].view(part.dtype).view(part.shape)
+        held.copy_(part)
+        sent = held.to(self._device, non_blocking=True)
+        read.record(torch.cuda.current_stream(self._device))
+        return sent
+
+
+def check(file: Path, entries: "Mapping[str, Entry]") -> None:
+    """Raises EngineFault as `load` does; nothing but the file's header is read."""
+    with opened(file) as tensors:
+        found = {key: described(tensors, key) for key in tensors.keys()}  # noqa: SIM118 - no mapping, it has only keys()
     faults = [line for key in found.keys() | entries.keys() if (line := _fault(key, found.get(key), entries.get(key)))]
     if faults:
         raise EngineFault(
@@ -87,7 +144,8 @@ def _check(file: Path, entries: "Mapping[str, Entry]") -> None:
         )
 
 
-def _described(tensors: Any, key: str) -> tuple[str, tuple[int, ...]]:
+def described(tensors: Any, key: str) -> tuple[str, tuple[int, ...]]:
+    """A tensor's type, in the words of the format, and its shape."""
     part = tensors.get_slice(key)
     return part.get_dtype(), tuple(part.get_shape())
 
@@ -109,16 +167,17 @@ def _shown(shape: tuple[int, ...]) -> str:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, mapped. Raises EngineFault."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        opened = safe_open(file, framework="pt")
+        found = safe_open(file, framework="pt")
     except FileNotFoundError as error:
         raise EngineFault(f"{file}: no such file; download it") from error
     except (OSError, SafetensorError) as error:
         raise EngineFault(f"{file}: cut short or no safetensors file ({error}); download it again") from error
-    with opened as tensors:
+    with found as tensors:
         yield tensors
 
 
