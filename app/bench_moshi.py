@@ -59,7 +59,7 @@ class EngineCost:
     notes: tuple[str, ...]
 
 
-def bench_engine(progress: Callable[[str], None], model: LmConfig = MODEL) -> EngineCost:
+def bench_moshi(progress: Callable[[str], None], model: LmConfig = MODEL) -> EngineCost:
     """Measure: half a minute and 5 GB of memory, for `MODEL`.
 
     Both packages take turns step by step in this one process, so that whatever else the machine does is shared fairly.

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from app.bench_engine import MODEL, ROWS, Beside, EngineCost, bench_engine, table
+from app.bench_moshi import MODEL, ROWS, Beside, EngineCost, bench_moshi, table
 
 SMALL = replace(
     MODEL, dim=32, num_heads=2, num_layers=1, context=40, text_card=300, card=2048, depformer_dim=16,
@@ -16,7 +16,7 @@ SMALL = replace(
 def test_both_packages_step_the_same_model_and_every_number_of_rows_is_measured() -> None:
     pytest.importorskip("moshi", reason="the witness is not installed: pip install --no-deps moshi==0.2.13")
 
-    cost = bench_engine(lambda text: None, SMALL)
+    cost = bench_moshi(lambda text: None, SMALL)
 
     assert all(one.ours_ms > 0 and (one.theirs_ms or 0) > 0 for one in cost.beside)
     assert len(cost.step_ms) == len(ROWS)
@@ -28,7 +28,7 @@ def test_without_moshi_the_own_figures_are_there_and_the_command_that_brings_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "moshi.models.lm", None)
 
-    cost = bench_engine(lambda text: None, SMALL)
+    cost = bench_moshi(lambda text: None, SMALL)
 
     assert [one.theirs_ms for one in cost.beside] == [None, None]
     assert "pip install --no-deps moshi==0.2.13" in table(cost)[-1]

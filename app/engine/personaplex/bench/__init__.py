@@ -1,0 +1,1 @@
+"""Benchmarks: what a tick, a call and a start cost, and how like the whole model a smaller one is."""
