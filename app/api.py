@@ -30,7 +30,10 @@ CODES = {
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Whether another call can be taken. Personas with faults do not stop one: those loaded before go on."""
+    """Whether another call can be taken. Personas with faults do not stop one: those loaded before go on.
+
+    `engine_reason` says why the engine takes none, all rows being in use apart; "" if it does.
+    """
 
     engine: str
     engine_ready: bool
@@ -38,11 +41,12 @@ class Readiness:
     rows_free: int
     store_fault: str = ""
     persona_faults: Sequence[str] = ()
+    engine_reason: str = ""
 
     @property
     def reasons(self) -> list[str]:
-        engine = [] if self.engine_ready else [f"the {self.engine} engine is not ready"]
-        return engine + ([self.store_fault] if self.store_fault else [])
+        unready = "" if self.engine_ready else f"the {self.engine} engine is not ready"
+        return [reason for reason in (self.engine_reason or unready, self.store_fault) if reason]
 
 
 @dataclass(frozen=True, slots=True)

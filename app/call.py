@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from app.engine import FRAME_MS, Engine, Lease, Spoken
+from app.engine import FRAME_MS, Lease, SpeechEngine, Spoken
 from app.legs.websocket import INTERNAL_ERROR, NORMAL, POLICY_VIOLATION, WebSocketLeg
 from app.lifecycle import CallState, Outcome, move
 from app.metrics import Metrics
@@ -21,15 +21,16 @@ from app.store import Store, TranscriptLine
 from app.transcript import Transcript
 from telephony.events import CallEnded, CallerAudio, CallStarted, Digit, Event, Played, RemoteProtocolError
 from telephony.g711 import BYTES_PER_MS, ULAW_SILENCE
-from telephony.line import Line
+from telephony.line import QUIET_PEAK, Line
+from telephony.playout import LEAD_MS, Playout
 
 OUTBOX_FRAMES = 6
-LEAD_MS = 60
-"""Silence sent ahead, so that the carrier still has something to play when one of our frames is late."""
 MARK_EVERY_FRAMES = 5
 AHEAD_OF_BEAT_S = 0.012
 """A frame should be complete this long before the engine's tick that takes it."""
 _VOICE_PEAK = 0.02
+# A quiet frame begins with the end of the word before it: the line's filter delays by 2.5 ms.
+_TAIL_MS = 5
 _START_WITHIN_S = 10.0
 
 _log = logging.getLogger("personaline.call")
@@ -50,7 +51,7 @@ class CallFacts:
 class Call:
     """From the carrier's first word of it to its end. Event loop only."""
 
-    def __init__(self, facts: CallFacts, lease: Lease, engine: Engine, store: Store, metrics: Metrics) -> None:
+    def __init__(self, facts: CallFacts, lease: Lease, engine: SpeechEngine, store: Store, metrics: Metrics) -> None:
         self.facts = facts
         self.lease = lease
         self.state = CallState.RINGING
@@ -58,9 +59,13 @@ class Call:
         self._store = store
         self._metrics = metrics
         self._outbox: deque[Spoken] = deque()
+        self._cut_short = 0
+        self._playout = Playout()
+        self._left_out_ms = 0.0
         self._spoken = asyncio.Event()
         self._ended = asyncio.Event()
         self._outcome, self._reason = Outcome.COMPLETED, ""
+        self._engine_stopped = False
         self._began_s = self._voice_s = time.monotonic()
         self._line: Line | None = None
         self._transcript = Transcript(self._keep)
@@ -88,19 +93,27 @@ class Call:
 
     def take(self, spoken: Spoken) -> None:
         """A frame from the engine. The oldest is dropped when the carrier has stopped reading."""
+        if spoken.interrupted:
+            self._cut_short = len(self._outbox)
         self._outbox.append(spoken)
         if len(self._outbox) > OUTBOX_FRAMES:
             self._outbox.popleft()
+            self._cut_short = max(0, self._cut_short - 1)
             self._metrics.outbox_dropped.inc()
         self._spoken.set()
 
     def on_clock(self, now_s: float) -> None:
-        """Called every 20 ms: silence for a carrier that sends none, and the call's limits."""
+        """Called every 20 ms: silence for a carrier that sends none, frames held back, and the call's limits."""
         if self.state is not CallState.LIVE:
             return
-        if self._line is not None:
+        if not self._engine.holds(self.lease):
+            self._engine_stopped = True
+            self.end(Outcome.FAILED, "the speech engine stopped")
+        elif self._line is not None:
             self._push(self._line.overdue(now_s))
             self._check_limits(now_s)
+            if self._outbox:
+                self._spoken.set()
         elif now_s - self._began_s > _START_WITHIN_S:
             self.end(Outcome.FAILED, f"no start message within {_START_WITHIN_S:.0f} s")
 
@@ -144,7 +157,6 @@ class Call:
             return
         self._began_s = self._voice_s = time.monotonic()
         self._line = Line(self._began_s)
-        leg.protocol.send_audio(ULAW_SILENCE * (LEAD_MS * BYTES_PER_MS))
         self._store.call_answered(self.facts.id)
 
     def _hear(self, audio: CallerAudio) -> None:
@@ -167,29 +179,71 @@ class Call:
         while True:
             await self._spoken.wait()
             self._spoken.clear()
-            while self._outbox and not self._ended.is_set():
-                self._say(self._outbox.popleft(), leg)
+            while not self._ended.is_set() and self.say_due(leg, time.monotonic()):
                 if not await leg.send():
                     self.end(Outcome.COMPLETED, "caller: the socket closed")
                     return
 
-    def _say(self, spoken: Spoken, leg: WebSocketLeg) -> None:
+    def say_due(self, leg: WebSocketLeg, now_s: float) -> bool:
+        """Hand the protocol the frame that waits longest. False when none does, or the carrier holds enough for now."""
+        if not self._outbox:
+            return False
+        spoken = self._outbox[0]
+        quiet = not spoken.text and float(np.abs(spoken.pcm).max()) < QUIET_PEAK
+        at_once = self._cut_short > 0 or spoken.interrupted
+        if not at_once and not self._playout.takes(_TAIL_MS if quiet else FRAME_MS, now_s):
+            return False
+        self._outbox.popleft()
+        if self._cut_short > 0:
+            self._cut_short -= 1
+            self._note(spoken, leg.protocol.sent_ms + FRAME_MS)
+        elif spoken.interrupted:
+            self._interrupt(spoken, leg, now_s)
+        else:
+            self._say(spoken, leg, quiet, now_s)
+        return True
+
+    def _say(self, spoken: Spoken, leg: WebSocketLeg, quiet: bool, now_s: float) -> None:
         assert self._line is not None
-        if spoken.interrupted:
-            leg.protocol.clear()
-            self._transcript.flushed()
-            self._store.event(self.facts.id, "interrupted", {}, self.clock_s)
-        leg.protocol.send_audio(self._line.say(spoken.pcm))
-        if spoken.interrupted:
-            # The fade follows the cut at once; the lead that was flushed is given again behind it.
-            leg.protocol.send_audio(ULAW_SILENCE * (LEAD_MS * BYTES_PER_MS))
+        self._send(self._on_time(self._line.say(spoken.pcm), quiet, now_s), leg, now_s)
         self._frames_out += 1
         if spoken.ends or self._frames_out % MARK_EVERY_FRAMES == 0:
             leg.protocol.send_mark()
+        self._note(spoken, leg.protocol.sent_ms)
+
+    def _on_time(self, ulaw: bytes, quiet: bool, now_s: float) -> bytes:
+        """Put the lead right, where nobody hears it: before the first frame of all, and in quiet ones."""
+        surplus = round(self._playout.surplus_ms(len(self._outbox) * FRAME_MS, now_s) * BYTES_PER_MS)
+        if quiet:
+            kept = ulaw[: max(_TAIL_MS * BYTES_PER_MS, len(ulaw) - surplus)]
+            self._left_out_ms += (len(ulaw) - len(kept)) / BYTES_PER_MS
+            return kept + ULAW_SILENCE * -surplus
+        return ulaw if self._frames_out else ULAW_SILENCE * -surplus + ulaw
+
+    def _interrupt(self, spoken: Spoken, leg: WebSocketLeg, now_s: float) -> None:
+        """Flush what the carrier holds. The fade follows the cut at once; the lead is given again behind it."""
+        assert self._line is not None
+        self._store.event(self.facts.id, "interrupted", {}, self.clock_s)
+        heard_ms = leg.protocol.sent_ms - self._playout.held_ms(now_s)
+        leg.protocol.clear()
+        self._playout.flushed(now_s)
+        self._note(spoken, leg.protocol.sent_ms + FRAME_MS)
+        self._transcript.played(int(heard_ms))
+        self._transcript.flushed()
+        self._send(self._line.say(spoken.pcm) + ULAW_SILENCE * (LEAD_MS * BYTES_PER_MS), leg, now_s)
+        self._frames_out += 1
+        leg.protocol.send_mark()
+
+    def _send(self, ulaw: bytes, leg: WebSocketLeg, now_s: float) -> None:
+        leg.protocol.send_audio(ulaw)
+        self._playout.sent(len(ulaw) / BYTES_PER_MS, now_s)
+
+    def _note(self, spoken: Spoken, sent_ms: int) -> None:
+        """Keep what was said and heard with a frame that has been said once `sent_ms` of audio are out."""
         if spoken.text or spoken.ends:
             self._voice_s = time.monotonic()
             self._measure_response(spoken)
-            self._transcript.say(spoken, self.clock_s, leg.protocol.sent_ms)
+            self._transcript.say(spoken, self.clock_s, sent_ms)
         for heard in spoken.heard:
             self._transcript.hear(heard)
             self._answer_due_s = heard.end_s if heard.final else self._answer_due_s
@@ -201,9 +255,7 @@ class Call:
 
     def _check_limits(self, now_s: float) -> None:
         limits = self.facts.persona.limits
-        if self._engine.fault is not None:
-            self.end(Outcome.FAILED, "the speech engine stopped")
-        elif now_s - self._began_s > limits.duration_s:
+        if now_s - self._began_s > limits.duration_s:
             self.end(Outcome.COMPLETED, f"longest duration, {limits.duration_s:g} s")
         elif now_s - self._voice_s > limits.silence_s:
             self.end(Outcome.COMPLETED, f"nobody spoke for {limits.silence_s:g} s")
@@ -225,9 +277,10 @@ class Call:
         self._metrics.calls.labels(self._outcome.value).inc()
         if self._line is not None:
             self._metrics.add_line(self._line.borrowed_ms, self._line.filled_ms, self._line.dropped_ms)
+            self._metrics.left_out.inc(self._left_out_ms / 1000)
         _log.info("call %s ended after %.1f s: %s (%s)", self.facts.id, duration_s, self._outcome, self._reason)
 
     def _close_code(self) -> int:
         if self._outcome is Outcome.FAILED:
-            return INTERNAL_ERROR if self._engine.fault is not None else POLICY_VIOLATION
+            return INTERNAL_ERROR if self._engine_stopped else POLICY_VIOLATION
         return NORMAL

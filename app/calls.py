@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from app.call import Call, CallFacts
-from app.engine import Engine, EngineFull, Lease, Role, Spoken
+from app.engine import EngineFull, Lease, Role, SpeechEngine, Spoken
 from app.legs.websocket import WebSocketLeg
 from app.lifecycle import CallState, Outcome
 from app.metrics import Metrics
@@ -35,16 +35,16 @@ class Calls:
         self._store = store
         self._metrics = metrics
         self._engine_name = engine_name
-        self._engine: Engine | None = None
+        self._engine: SpeechEngine | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._by_lease: dict[Lease, Call] = {}
         self._expected: dict[str, _Expected] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._admitting = True
-        self._inbox_dropped = 0
+        self._counted = dict.fromkeys((metrics.inbox_dropped, metrics.late_ticks, metrics.restarts), 0)
         self._clock: asyncio.Task[None] | None = None
 
-    def start(self, engine: Engine) -> None:
+    def start(self, engine: SpeechEngine) -> None:
         """Begin to take calls for this engine, on the running loop."""
         self._engine, self._loop = engine, asyncio.get_running_loop()
         self._clock = asyncio.create_task(self._tick(), name="call clock")
@@ -71,10 +71,11 @@ class Calls:
         )
         try:
             if not self._admitting:
-                raise EngineFull("the service is stopping")
+                raise EngineFull("the service is stopping", "stopping")
             lease = self._engine.lease(role)
         except EngineFull as error:
             self._metrics.calls.labels(Outcome.BUSY.value).inc()
+            self._metrics.refused.labels(error.reason).inc()
             self._store.call_ended(facts.id, outcome=Outcome.BUSY.value, reason=str(error), duration_s=0)
             raise
         call = Call(facts, lease, self._engine, self._store, self._metrics)
@@ -105,7 +106,7 @@ class Calls:
 
     def deliver(self, said: Sequence[tuple[Lease, Spoken]]) -> None:
         """Take what a tick said from the engine thread to the loop, in one crossing."""
-        if self._loop is not None and not self._loop.is_closed():
+        if said and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._hand_out, said)
 
     def _hand_out(self, said: Sequence[tuple[Lease, Spoken]]) -> None:
@@ -120,16 +121,20 @@ class Calls:
         while True:
             await asyncio.sleep(CLOCK_S)
             now_s = time.monotonic()
-            self._count_dropped()
+            self._count_engine()
             for call in list(self._by_lease.values()):
                 call.on_clock(now_s)
             self._expire(now_s)
 
-    def _count_dropped(self) -> None:
+    def _count_engine(self) -> None:
+        """What the engine has counted since the last look."""
         assert self._engine is not None
-        dropped = self._engine.dropped_frames
-        self._metrics.inbox_dropped.inc(dropped - self._inbox_dropped)
-        self._inbox_dropped = dropped
+        found = (self._engine.dropped_frames, self._engine.late_ticks, self._engine.restarts)
+        for (counter, before), now in zip(list(self._counted.items()), found, strict=True):
+            # A process that is being replaced may be counted a little short for a moment.
+            if now > before:
+                counter.inc(now - before)
+                self._counted[counter] = now
 
     def _expire(self, now_s: float) -> None:
         for token, expected in list(self._expected.items()):

@@ -65,7 +65,9 @@ class TwilioDoor:
             raise HTTPException(403, "X-Twilio-Signature does not match; is PUBLIC_URL the address that Twilio calls?")
 
     def answer(self, form: Form, persona_name: str | None) -> str:
-        """The document that connects this call to its stream, or rejects it as busy."""
+        """The document that connects this call to its stream, or turns it away as busy: by the persona's busy words if
+        it has some, else by the tone.
+        """
         fields = dict(form)
         persona = self._persona(persona_name, fields.get("To", ""))
         facts = CallFacts(
@@ -80,7 +82,8 @@ class TwilioDoor:
             token = self._calls.admit(facts, role_of(persona))
         except EngineFull as error:
             _log.info("call %s from Twilio refused as busy: %s", facts.carrier_call_id, error)
-            return twilio.reject_document()
+            words = persona.fill().busy
+            return twilio.say_document(words) if words else twilio.reject_document()
         except WrongVariables as error:
             raise HTTPException(422, str(error)) from error
         parameters = {"persona": persona.name, "from": facts.caller}

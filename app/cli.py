@@ -4,8 +4,10 @@ import asyncio
 import logging
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -19,6 +21,13 @@ cli.add_typer(bench_cli, name="bench")
 
 USERS_FAULT = 2
 
+_WEIGHTS_HELP = "auto, bf16, int8, fp8 or int4; PERSONAPLEX_WEIGHTS otherwise."
+_KV_HELP = "How keys and values are kept: auto, bf16, int8 or fp8; PERSONAPLEX_KV otherwise."
+_NO_GRAPHS_HELP = "Start every operation by itself, to look for faults; PERSONAPLEX_GRAPHS=0."
+
+Weights = Literal["bf16", "int8", "fp8", "int4"]
+Kv = Literal["bf16", "int8", "fp8"]
+
 
 def fail(message: object) -> NoReturn:
     """Say in one line (or a line a fault) what is wrong, and stop with exit code 2."""
@@ -30,6 +39,9 @@ def fail(message: object) -> NoReturn:
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on; HOST otherwise.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; PORT otherwise.")] = None,
+    weights: Annotated[str | None, typer.Option(help=_WEIGHTS_HELP)] = None,
+    kv: Annotated[str | None, typer.Option(help=_KV_HELP)] = None,
+    no_graphs: Annotated[bool, typer.Option("--no-graphs", help=_NO_GRAPHS_HELP)] = False,
 ) -> None:
     """Answer calls."""
     from app.engine import EngineFault
@@ -40,7 +52,10 @@ def serve(
     from app.store import StoreFault
 
     try:
-        settings = load_settings(host=host, port=port)
+        settings = load_settings(
+            host=host, port=port, personaplex_weights=weights, personaplex_kv=kv,
+            personaplex_graphs=False if no_graphs else None,
+        )  # fmt: skip
         start_log(settings.log_level)
         for line in misspelt(os.environ):
             logging.getLogger("personaline").warning(line)
@@ -136,6 +151,9 @@ def offline(
     checkpoint: Annotated[Path | None, typer.Option(help="PERSONAPLEX_CHECKPOINT otherwise.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cuda, mps or cpu; PERSONAPLEX_DEVICE otherwise.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float32 or float16; PERSONAPLEX_DTYPE.")] = None,
+    weights: Annotated[str | None, typer.Option(help=_WEIGHTS_HELP)] = None,
+    kv: Annotated[str | None, typer.Option(help=_KV_HELP)] = None,
+    no_graphs: Annotated[bool, typer.Option("--no-graphs", help=_NO_GRAPHS_HELP)] = False,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same answer.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
 ) -> None:
@@ -148,7 +166,10 @@ def offline(
 
     try:
         recordings = pair(input_wav, output_wav, output_text)
-        settings = load_settings(personaplex_checkpoint=checkpoint, personaplex_device=device, personaplex_dtype=dtype)
+        settings = load_settings(
+            personaplex_checkpoint=checkpoint, personaplex_device=device, personaplex_dtype=dtype,
+            personaplex_weights=weights, personaplex_kv=kv, personaplex_graphs=False if no_graphs else None,
+        )  # fmt: skip
         role = role_for(settings, persona, text_prompt, voice_prompt)
         plan = answer_recordings(settings, recordings, role, seed, greedy)
     except (SettingsFault, PersonaFaults, OfflineFault, WavFault, EngineFault) as fault:
@@ -193,17 +214,131 @@ def bench_gateway(
         typer.echo(line)
 
 
+@bench_cli.command("beat")
+def bench_beat(
+    calls: Annotated[str, typer.Option(help="How many calls at once, in turn.")] = "0,75",
+    gpu_ms: Annotated[float, typer.Option(help="What a tick of the modelled GPU takes.")] = 40.0,
+    seconds: Annotated[float, typer.Option(help="How long each run measures.")] = 10.0,
+    runs: Annotated[int, typer.Option(min=1, help="How often, for their medians.")] = 3,
+) -> None:
+    """What live sockets cost the engine's tick, in the service's process and in its own; ways to keep the beat."""
+    import tempfile
+
+    from app import bench_beat
+    from app.simulate.service import ServiceFault
+    from app.simulate.twilio import CallFault
+
+    try:
+        counts = [int(count) for count in calls.split(",")]
+    except ValueError:
+        fail(f"--calls: found {calls!r}; numbers such as 0,75 are right")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            rows = asyncio.run(
+                bench_beat.bench_beat(
+                    counts, gpu_ms, seconds, runs, Path(folder), lambda text: typer.echo(text, err=True)
+                )
+            )
+        except (ServiceFault, CallFault) as fault:
+            fail(fault)
+    for line in [*bench_beat.table(rows, gpu_ms, runs), *bench_beat.ways([1, 16, 32, 64, 75])]:
+        typer.echo(line)
+
+
 @bench_cli.command("engine")
-def bench_engine() -> None:
+def bench_engine(
+    calls: Annotated[str, typer.Option(help="How many calls at once, in turn.")] = "1,8,16,32,64,96,128",
+    context: Annotated[str, typer.Option(help="How many positions each of them has, in turn.")] = "750,1500,3000",
+    weights: Annotated[Weights, typer.Option(help="How weights are kept.")] = "bf16",
+    kv: Annotated[Kv, typer.Option(help="How keys and values are kept.")] = "int8",
+    frames: Annotated[int, typer.Option(help="How many ticks of each are measured.")] = 200,
+    checkpoint: Annotated[Path | None, typer.Option(help="Random weights of the real size otherwise.")] = None,
+    device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option()] = "auto",
+    no_graphs: Annotated[bool, typer.Option("--no-graphs", help="Start every operation by itself.")] = False,
+    memory: Annotated[float | None, typer.Option(metavar="GB", help="Let it have no more of the GPU.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw ms a tick against calls.")] = None,
+) -> None:
+    """What a tick of PersonaPlex costs here: time against the roofline, memory, the start of a call, and loading."""
+    from app import bench_plot
+    from app.engine import EngineFault
+    from app.machine import require_packages
+
+    try:
+        require_packages()
+        if plot is not None:
+            bench_plot.require_matplotlib()
+        from app.engine.personaplex.bench.report import as_json, as_lines
+        from app.engine.personaplex.bench.run import Options, numbers, run, write
+
+        options = Options(
+            numbers("--calls", calls), numbers("--context", context), weights, kv, frames, checkpoint,
+            device, not no_graphs, memory,
+        )  # fmt: skip
+        with steps_bar() as progress:
+            report = run(options, progress)
+        if json_file is not None:
+            write(json_file, as_json(report))
+        for line in as_lines(report):
+            typer.echo(line)
+        if plot is not None:
+            bench_plot.plot(report, plot)
+    except EngineFault as fault:
+        fail(fault)
+
+
+@bench_cli.command("quality")
+def bench_quality(
+    checkpoint: Annotated[Path | None, typer.Option(help="PERSONAPLEX_CHECKPOINT otherwise.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="How long the call is, in frames of 80 ms.")] = 250,
+    weights: Annotated[str, typer.Option(help="Kinds of weights to compare with bf16.")] = "int8,fp8,int4",
+    kv: Annotated[str, typer.Option(help="Kinds of keys and values to compare with bf16.")] = "int8,fp8",
+    persona: Annotated[str | None, typer.Option(help="Who answers; the default persona otherwise.")] = None,
+    wav: Annotated[Path | None, typer.Option(help="What the caller says; silence and noise otherwise.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE")] = None,
+) -> None:
+    """What fewer bytes cost in quality: one call, heard again by the model in each kind of weights and of keys."""
+    from app import bench_quality
+    from app.engine import EngineFault
+    from app.offline import OfflineFault
+    from app.personas import PersonaFaults
+    from app.settings import SettingsFault, load_settings
+    from app.wav import WavFault
+
+    try:
+        settings = load_settings(personaplex_checkpoint=checkpoint)
+        with steps_bar() as progress:
+            lines = bench_quality.measure(settings, persona, wav, frames, weights, kv, json_file, progress)
+    except (SettingsFault, PersonaFaults, OfflineFault, WavFault, EngineFault) as fault:
+        fail(fault)
+    for line in lines:
+        typer.echo(line)
+
+
+@contextmanager
+def steps_bar() -> Iterator[Callable[[str, int, int], object]]:
+    """A progress bar on standard error: what is being done, how many steps are done, and of how many."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("")
+        yield lambda what, done, of: bar.update(task, description=what, completed=done, total=of)
+
+
+@bench_cli.command("moshi")
+def bench_moshi() -> None:
     """What a step of PersonaPlex's language model costs on this CPU, beside moshi 0.2.13 where that is installed."""
-    from app import bench_engine
+    from app import bench_moshi
     from app.engine import EngineFault
 
     try:
-        cost = bench_engine.bench_engine(lambda text: typer.echo(text, err=True))
+        cost = bench_moshi.bench_moshi(lambda text: typer.echo(text, err=True))
     except EngineFault as fault:
         fail(fault)
-    for line in bench_engine.table(cost):
+    for line in bench_moshi.table(cost):
         typer.echo(line)
 
 

@@ -12,14 +12,26 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from app.engine import EngineFault
 from app.engine.personaplex.model.config import LmConfig, MimiConfig
-from app.engine.personaplex.sizes import footprint, lm_elements, rows_that_fit
+from app.engine.personaplex.sizes import COPIES, lm_bytes, lm_elements
 from app.engine.personaplex.voices import voice_names
-from app.engine_choice import ELEMENT_BYTES, checkpoint_folder, find_weights, rows_for
-from app.machine import Device, dtype_for, find_device, require_packages
+from app.engine_choice import (
+    ELEMENT_BYTES,
+    Fit,
+    best_fit,
+    checkpoint_folder,
+    described,
+    find_weights,
+    fit_of,
+    remedy_for,
+    rows_for,
+)
+from app.machine import Device, dtype_for, find_device, require_kinds, require_packages
 from app.settings import Settings
 from app.weights_hub import PERSONAPLEX, HubFault, Unreachable, account, missing, usable_token
 
 if TYPE_CHECKING:
+    from app.engine.personaplex.model.quantize import Weights
+    from app.engine.personaplex.model.ring import Kv
     from app.engine.personaplex.model.weights import Checkpoint
 
 Level = Literal["OK", "WARN", "FAIL"]
@@ -164,33 +176,40 @@ def _device(settings: Settings) -> Iterator[Finding]:
     except EngineFault:
         lm, mimi = LmConfig(), MimiConfig()
     try:
-        device = find_device(settings.personaplex_device, footprint(lm, mimi, 2).weights_bytes)
+        device = find_device(settings.personaplex_device, lm_bytes(lm, ELEMENT_BYTES["bfloat16"]))
     except EngineFault as fault:
         yield Finding("FAIL", "device", str(fault))
         return
     yield Finding("OK", "device", str(device))
-    yield _memory(settings, lm, mimi, device)
-    yield _fits(lm, mimi, device)
-
-
-def _memory(settings: Settings, lm: LmConfig, mimi: MimiConfig, device: Device) -> Finding:
     dtype = dtype_for(settings.personaplex_dtype, device.kind)
-    needs = footprint(lm, mimi, ELEMENT_BYTES[dtype])
-    fitting = rows_that_fit(needs, device.free_bytes)
-    rows = rows_for(settings, device, fitting)
+    fit = best_fit(settings, lm, mimi, device, dtype)
+    try:
+        require_kinds(device, fit.weights, fit.kv)
+    except EngineFault as fault:
+        yield Finding("FAIL", "device", str(fault))
+    yield _memory(fit, rows_for(settings, device, fit.calls), dtype, device, remedy_for(fit, lm, mimi, device, dtype))
+    yield _fits(lm, mimi, device, dtype)
+
+
+def _memory(fit: Fit, rows: int, dtype: str, device: Device, remedy: str) -> Finding:
+    needs = fit.needs
+    work_bytes = needs.workspace_bytes + min(rows, COPIES) * needs.copy_bytes
     parts = f"weights {_size(needs.weights_bytes)}, codec {_size(needs.codec_weights_bytes)}"
-    parts += f", {_size(needs.row_bytes)} a call, {_size(needs.workspace_bytes)} to work with, the rest in reserve"
-    said = f"{_size(needs.needed_bytes(rows))} for {_calls(rows)} in {dtype}: {parts}"
-    if fitting >= rows:
+    parts += f", {_size(needs.call_bytes)} a call, {_size(work_bytes)} to work with, the rest in reserve"
+    said = f"{_size(needs.needed_bytes(rows))} for {_calls(rows)} in {described(dtype, fit.weights, fit.kv)}: {parts}"
+    if fit.calls >= rows:
         return Finding("OK", "memory", said)
-    remedy = f"set ROWS={fitting}" if fitting else "free some of it, or take what fits"
     return Finding("FAIL", "memory", f"{said}; {_size(device.free_bytes)} are free: {remedy}")
 
 
-def _fits(lm: LmConfig, mimi: MimiConfig, device: Device) -> Finding:
-    halves, floats = (rows_that_fit(footprint(lm, mimi, size), device.free_bytes) for size in (2, 4))
-    said = f"by memory alone {_calls(halves)} in bfloat16 or float16, {_calls(floats)} in float32"
-    if not halves:
+def _fits(lm: LmConfig, mimi: MimiConfig, device: Device, dtype: str) -> Finding:
+    """Each kind of weights with each of keys, by arithmetic; fp8 takes what int8 takes."""
+    kinds: tuple[Weights, ...] = ("bf16", "int8", "int4")
+    kept: tuple[Kv, ...] = ("bf16", "int8")
+    fits = [fit_of(lm, mimi, device, dtype, weights, kv) for weights in kinds for kv in kept]
+    each = [f"{_calls(fit.calls)} in {described(dtype, fit.weights, fit.kv)}" for fit in fits]
+    said = f"by memory alone {', '.join(each)}"
+    if not any(fit.calls for fit in fits):
         return Finding("FAIL", "fits", f"{said}: a device with more memory is right")
     return Finding("OK", "fits", said)
 

@@ -1,5 +1,6 @@
 """What this machine has for PersonaPlex: packages, a device, memory. torch is imported by what needs it, not before."""
 
+import importlib.metadata
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -14,30 +15,50 @@ INSTALL = "pip install 'personaline[personaplex]'"
 CPU_MOST_BYTES = 10**9
 """Of weights, for calls on a CPU: each 80 ms reads all of them, and its memory gives some 10 to 20 GB a second."""
 
+FP8_CAPABILITY = (8, 9)
+"""From Ada on. Source: CUDA C++ Programming Guide, "Compute Capabilities"."""
+
 _PACKAGES = ("torch", "safetensors", "sentencepiece", "pyloudnorm")
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Where the model can run. `free_bytes` is what was free when it was asked."""
+    """Where the model can run. `free_bytes` is what was free when it was asked.
+
+    `capability` is NVIDIA's number for what a GPU can do; (0, 0) for other devices.
+    """
 
     kind: Kind
     name: str
     free_bytes: int
+    capability: tuple[int, int] = (0, 0)
 
     def __str__(self) -> str:
         return f"{self.name}, {self.free_bytes / 1e9:.1f} GB free"
 
 
-def require_packages() -> None:
-    """Raises EngineFault that names what is not installed, and the remedy."""
+def require_installed() -> None:
+    """As `require_packages`, without importing one of them."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise EngineFault(f"PersonaPlex needs {', '.join(missing)}: {INSTALL}")
+
+
+def require_packages() -> None:
+    """Raises EngineFault that names what is not installed, and the remedy."""
+    require_installed()
     try:
         import torch  # noqa: F401
     except (ImportError, OSError) as error:
         raise EngineFault(f"torch cannot be loaded ({error}): install the build for this machine, {INSTALL}") from error
+
+
+def may_be_gpu(wanted: str) -> bool:
+    """Whether looking for the device asked for may find a GPU, as far as is known without importing torch."""
+    try:
+        return wanted != "cpu" and not importlib.metadata.version("torch").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return wanted != "cpu"
 
 
 def find_device(wanted: str, weights_bytes: int) -> Device:
@@ -52,7 +73,8 @@ def find_device(wanted: str, weights_bytes: int) -> Device:
 
     if wanted in ("auto", "cuda") and torch.cuda.is_available():
         try:
-            return Device("cuda", torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0])
+            free_bytes = torch.cuda.mem_get_info()[0]
+            return Device("cuda", torch.cuda.get_device_name(), free_bytes, torch.cuda.get_device_capability())
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise EngineFault(f"the GPU cannot be used ({reason}): see with nvidia-smi who holds it") from error
@@ -73,6 +95,17 @@ def dtype_for(wanted: str, kind: Kind) -> str:
     if wanted != "auto":
         return wanted
     return "float32" if kind == "cpu" else "bfloat16"
+
+
+def require_kinds(device: Device, weights: str, kv: str) -> None:
+    """Raises EngineFault for weights or keys that this device cannot read."""
+    if "fp8" not in (weights, kv) or device.kind == "cpu" or device.capability >= FP8_CAPABILITY:
+        return
+    needs = f"an NVIDIA GPU of compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} or more"
+    found = (
+        f"{device.name} with {device.capability[0]}.{device.capability[1]}" if any(device.capability) else device.name
+    )
+    raise EngineFault(f"fp8 needs {needs}, and there is {found}: int8 is right here")
 
 
 def _no_device(wanted: str) -> str:

@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 OUTCOMES = ("completed", "busy", "failed", "interrupted")
+REFUSALS = ("full", "behind", "not_ready", "stopping")
 RESPONSE_BUCKETS_S = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 # The beat is 80 ms: a tick near it is the last that keeps up.
 TICK_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.16, 0.32)
@@ -27,6 +28,9 @@ class Metrics:
         self.calls = Counter("personaline_calls", "Calls that have ended, by outcome.", ["outcome"], registry=r)
         for outcome in OUTCOMES:
             self.calls.labels(outcome)
+        self.refused = Counter("personaline_calls_refused", "Calls refused as busy, by reason.", ["reason"], registry=r)
+        for reason in REFUSALS:
+            self.refused.labels(reason)
         self.live = Gauge("personaline_live_calls", "Calls whose media is up now.", registry=r)
         self.rows = Gauge("personaline_rows", "Calls that the engine can carry at once.", registry=r)
         self.rows_in_use = Gauge("personaline_rows_in_use", "Rows of the engine that are leased now.", registry=r)
@@ -53,6 +57,12 @@ class Metrics:
             registry=r,
         )
         self._filled, self._borrowed, self._dropped = (silence.labels(k) for k in ("filled", "borrowed", "dropped"))
+        self.left_out = Counter(
+            "personaline_speech_left_out_seconds",
+            "Quiet audio of the agent's that was not sent, to be back on time after a pause of ours, in seconds.",
+            unit="seconds",
+            registry=r,
+        )
         self.protocol_errors = Counter(
             "personaline_protocol_errors", "Legs closed for breaking their carrier's protocol.", ["carrier"], registry=r
         )
@@ -66,7 +76,12 @@ class Metrics:
             buckets=TICK_BUCKETS_S,
             registry=r,
         )
-
+        self.late_ticks = Counter(
+            "personaline_engine_late_ticks", "Ticks that ended after the next one was due.", registry=r
+        )
+        self.restarts = Counter(
+            "personaline_engine_restarts", "Times the engine's process was started again.", registry=r
+        )
         self.cpu = Gauge("personaline_process_cpu_seconds", "CPU time that this process has used.", registry=r)
         self.cpu.set_function(time.process_time)
 

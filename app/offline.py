@@ -16,7 +16,7 @@ from rich.progress import Progress
 from app.calls import role_of
 from app.engine import FRAME_MS, FRAME_SAMPLES, SAMPLE_RATE_HZ, Role, Runner
 from app.engine.contract import Pcm
-from app.engine_choice import Plan, plan_personaplex, voices_of
+from app.engine_choice import Plan, log_kinds, make_personaplex, plan_personaplex, voices_of
 from app.personas import WrongVariables, load_personas
 from app.settings import Settings
 from app.wav import read_channels
@@ -100,6 +100,7 @@ def answer_recordings(
         role = replace(role, text_temperature=0.0, audio_temperature=0.0)
     heard = [read_speech(recording.input_wav) for recording in recordings]
     plan = plan_personaplex(settings.model_copy(update={"rows": len(recordings)}))
+    log_kinds(settings, plan)
     runner = _make_runner(settings, plan, seed)
     try:
         runner.warm_up([role])
@@ -152,17 +153,12 @@ def _tick_of(heard: Sequence[Pcm], tick: int) -> Pcm:
 
 
 def _make_runner(settings: Settings, plan: Plan, seed: int | None) -> Runner:
-    import torch
-
-    from app.engine.personaplex.runner import PersonaPlexRunner
-
     named = voices_of(plan.checkpoint, settings.personas_dir)
 
     def voice(name: str) -> "VoiceSource":
         return Path(name) if name.endswith(".pt") else named(name)
 
-    device, dtype = torch.device(plan.device.kind), getattr(torch, plan.dtype)
-    return PersonaPlexRunner(plan.checkpoint, plan.rows, device, dtype, voice, settings.personaplex_window, seed)
+    return make_personaplex(plan, voice, settings.personaplex_window, seed)
 
 
 @contextmanager

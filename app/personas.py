@@ -29,6 +29,8 @@ VOICES = (
 )  # fmt: skip
 _WAV = r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}\.wav"
 
+_TEMPLATES = ("prompt", "greeting", "busy")
+"""The texts that may hold placeholders."""
 _PLACEHOLDER = re.compile(r"\{\{\s*([a-z][a-z0-9_]{0,39})\s*\}\}")
 _BRACES = re.compile(r"\{\{[^{}]*\}\}|\{\{|\}\}")
 
@@ -64,7 +66,7 @@ class Sampling(_Strict):
     text_temperature: float = Field(
         default=0.7, ge=0, le=2, description="Freedom of the words; 0 always takes the likeliest."
     )
-    text_top_k: int = Field(default=25, ge=1, le=32_000, description="Words come from this many likeliest tokens.")
+    text_top_k: int = Field(default=25, ge=1, le=1_000, description="Words come from this many likeliest tokens.")
     audio_temperature: float = Field(
         default=0.8, ge=0, le=2, description="Freedom of the sound; 0 always takes the likeliest."
     )
@@ -84,6 +86,7 @@ class Filled:
 
     prompt: str
     greeting: str
+    busy: str
 
 
 class WrongVariables(ValueError):
@@ -114,6 +117,12 @@ class Persona(_Strict):
         default={}, description="Each {{placeholder}} with its default, or null where every call must give a value."
     )
     greeting: str = Field(default="", max_length=500, description="Said first. Empty: the caller begins.")
+    busy: str = Field(
+        default="",
+        max_length=500,
+        description="Said by the carrier, in its own voice, to a caller for whom there is no room; it then hangs up. "
+        "Empty: the busy tone.",
+    )
     numbers: tuple[PhoneNumber, ...] = Field(default=(), description="The phone numbers this persona answers.")
     default: bool = Field(default=False, description="Answers every number that no persona names. One persona only.")
     sampling: Sampling = Field(default=Sampling(), description="How freely the speech model chooses.")
@@ -122,7 +131,7 @@ class Persona(_Strict):
     transcribe: bool = Field(default=True, description="Keep the words of the call.")
 
     def fill(self, variables: Mapping[str, str] | None = None) -> Filled:
-        """Put a call's variables into prompt and greeting. What a value holds is never expanded again.
+        """Put a call's variables into prompt, greeting and busy words. What a value holds is never expanded again.
 
         Raises:
             WrongVariables: missing, unknown or too long ones, all of them named.
@@ -134,7 +143,7 @@ class Persona(_Strict):
         too_long = [name for name, text in values.items() if len(text) > VALUE_LIMIT]
         if missing or unknown or too_long:
             raise WrongVariables(self.name, missing, unknown, too_long)
-        return Filled(_filled(self.prompt, values), _filled(self.greeting, values))
+        return Filled(*(_filled(getattr(self, field), values) for field in _TEMPLATES))
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -333,14 +342,14 @@ def _judge_placeholders(document: Document, data: Mapping[str, Any]) -> None:
     if not isinstance(declared, dict):
         return
     used: set[str] = set()
-    for field in ("prompt", "greeting"):
+    for field in _TEMPLATES:
         text = data.get(field)
         for braces in dict.fromkeys(_BRACES.findall(text) if isinstance(text, str) else ()):
             used |= _placeholder(document, field, braces, declared)
     for name in declared:
         if name not in used:
             right = f"{{{{{name}}}}} in one of them is right"
-            document.add(("variables", name), f"used by neither prompt nor greeting; {right}")
+            document.add(("variables", name), f"used by none of {', '.join(_TEMPLATES)}; {right}")
 
 
 def _placeholder(document: Document, field: str, braces: str, declared: Mapping[str, Any]) -> set[str]:

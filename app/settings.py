@@ -39,6 +39,8 @@ def _absent(value: object) -> object:
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float32", "float16"]
+Weights = Literal["auto", "bf16", "int8", "fp8", "int4"]
+Kv = Literal["auto", "bf16", "int8", "fp8"]
 PublicUrl = Annotated[str, AfterValidator(_public_url)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_absent)]
 OptionalText = Annotated[str | None, BeforeValidator(_absent)]
@@ -77,6 +79,13 @@ class Settings(BaseSettings):
     personaplex_dtype: Annotated[Dtype, BeforeValidator(_lower)] = Field(
         default="auto", description="auto, bfloat16, float32 or float16"
     )
+    personaplex_weights: Annotated[Weights, BeforeValidator(_lower)] = Field(
+        default="auto", description="auto, bf16, int8, fp8 or int4"
+    )
+    personaplex_kv: Annotated[Kv, BeforeValidator(_lower)] = Field(
+        default="auto", description="auto, bf16, int8 or fp8"
+    )
+    personaplex_graphs: bool = Field(default=True, description="1, or 0 to look for faults")
     personaplex_window: Annotated[Literal["rebuild", "slide"], BeforeValidator(_lower)] = Field(
         default="rebuild", description="rebuild or slide"
     )

@@ -156,6 +156,22 @@ def test_when_every_row_is_taken_the_next_caller_hears_busy_and_is_counted(servi
     assert 'personaline_calls_total{outcome="busy"} 1.0' in httpx.get(f"{service.url}/metrics").text
 
 
+def test_a_persona_with_busy_words_has_the_carrier_say_them(tmp_path: Path) -> None:
+    folder = tmp_path / "personas"
+    folder.mkdir()
+    (folder / "desk.yaml").write_text(
+        "name: desk\nprompt: You work for {{shop}}.\nbusy: '{{shop}} is busy <now>.'\nvariables: {shop: Ink & Co}\n"
+    )
+    with running(tmp_path, free_port(), rows=1, personas_dir=folder) as service:
+        webhook(service, "CA1")
+        answer = ET.fromstring(webhook(service, "CA2").text)
+        metrics = httpx.get(f"{service.url}/metrics").text
+
+    assert [verb.tag for verb in answer] == ["Say", "Hangup"]
+    assert answer[0].text == "Ink & Co is busy <now>."
+    assert 'personaline_calls_total{outcome="busy"} 1.0' in metrics
+
+
 async def test_what_the_caller_says_comes_back_over_a_real_socket(service: Running) -> None:
     async with media(stream_url(webhook(service))) as leg:
         sending = asyncio.create_task(talk(leg, tone(440, 1.6)))

@@ -50,14 +50,26 @@ def test_the_command_writes_sound_as_long_as_the_input_and_its_words(tiny: Path,
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
     words = ["offline", "--input-wav", "in.wav", "--output-wav", "out.wav", "--output-text", "out.json"]
     words += ["--text-prompt", "You work for the harbour.", "--voice-prompt", "NATM1", "--checkpoint", str(tiny)]
-    words += ["--device", "cpu", "--dtype", "float32", "--seed", "5"]
+    words += [
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--weights",
+        "int8",
+        "--kv",
+        "int8",
+        "--no-graphs",
+        "--seed",
+        "5",
+    ]
     ran = subprocess.run(
         [sys.executable, "-m", "app.cli", *words], env=environment, cwd=tmp_path, capture_output=True, text=True,
         timeout=60,
     )  # fmt: skip
 
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.startswith("answered by tiny, float32 on CPU")
+    assert ran.stdout.startswith("answered by tiny, float32 with int8 weights and int8 keys and values on CPU")
     written = json.loads((tmp_path / "out.json").read_text())
     assert len(sound_of(tmp_path / "out.wav")) == 2 * len(speech(24_000, 1.234))
     assert len(written["frames"]) == 16
@@ -96,6 +108,19 @@ def test_the_seed_decides_what_is_said_and_greedy_needs_none(tiny: Path, tmp_pat
     assert first == again
     assert first != other
     assert greedy[0] == greedy[1] != first
+
+
+def test_weights_and_keys_may_be_kept_in_a_byte(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is heard a little: the answer is another one, but an answer."""
+    source = [write(tmp_path / "in.wav", speech(24_000, 0.4))]
+    whole = answers(tiny, tmp_path, source)
+    for name in ("PERSONAPLEX_WEIGHTS", "PERSONAPLEX_KV"):
+        monkeypatch.setenv(name, "int8")
+    [(text, sound)] = answers(tiny, tmp_path, source)
+
+    assert len(sound) == len(whole[0][1])
+    assert len(text["frames"]) == len(whole[0][0]["frames"])
+    assert sound != whole[0][1]
 
 
 def test_a_voice_may_be_a_name_a_packed_file_or_a_recording(tiny: Path, tmp_path: Path) -> None:

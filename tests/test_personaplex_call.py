@@ -25,7 +25,9 @@ default: true
 
 
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[Running]:
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    # The engine's process has threads of its own: on busy cores several wait for each other longer than they reckon.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     personas = tmp_path / "personas"
     personas.mkdir()
     (personas / "harbour.yaml").write_text(PERSONA, encoding="utf-8")

@@ -64,6 +64,7 @@ def test_a_persona_of_two_lines_has_the_documented_defaults() -> None:
         "prompt": "You work for Dune Radio.",
         "variables": {},
         "greeting": "",
+        "busy": "",
         "numbers": (),
         "default": False,
         "sampling": {"text_temperature": 0.7, "text_top_k": 25, "audio_temperature": 0.8, "audio_top_k": 250},
@@ -150,6 +151,12 @@ def test_given_values_win_over_defaults_and_the_other_defaults_stay() -> None:
     assert host.fill({"guest": "Ada"}).prompt == "You work for Dune Radio."
 
 
+def test_busy_words_are_filled_like_a_greeting() -> None:
+    host = load(host=persona("host", "busy: '{{show}} has no free line.'", "variables: {show: Dune}")).default
+
+    assert host.fill().busy == "Dune has no free line."
+
+
 def test_what_a_value_holds_is_not_expanded_again() -> None:
     greeting = load(host=GREETER).default.fill({"guest": "{{show}}", "show": "{{guest}}"}).greeting
 
@@ -187,7 +194,11 @@ BAD_LINES = {
     ),
     "half a token": (
         "sampling:\n\n  text_top_k: 2.5",
-        ":5: sampling.text_top_k: found 2.5; a whole number from 1 to 32000 is right",
+        ":5: sampling.text_top_k: found 2.5; a whole number from 1 to 1000 is right",
+    ),
+    "more tokens than a tick ranks": (
+        "sampling: {text_top_k: 1001}",
+        ":3: sampling.text_top_k: found 1001; a whole number from 1 to 1000 is right",
     ),
     "too hot": (
         "sampling: {audio_temperature: 3}",
@@ -236,7 +247,7 @@ BAD_LINES = {
     ),
     "an unused variable": (
         "variables:\n  room: A",
-        ":4: variables.room: used by neither prompt nor greeting; {{room}} in one of them is right",
+        ":4: variables.room: used by none of prompt, greeting, busy; {{room}} in one of them is right",
     ),
     "an undeclared placeholder": (
         "greeting: >\n  Hello there,\n\n  {{ guest }}, in {{room}}\nvariables: {room: A}",

@@ -43,9 +43,23 @@ def test_a_malformed_setting_is_named_with_what_is_right() -> None:
     assert fault(ENGINE="gpu") == "ENGINE: found 'gpu'; right is auto, personaplex, cascade or echo"
     assert "auto, cuda, mps or cpu" in fault(PERSONAPLEX_DEVICE="tpu")
     assert "auto, bfloat16, float32 or float16" in fault(PERSONAPLEX_DTYPE="int8")
+    assert "auto, bf16, int8, fp8 or int4" in fault(PERSONAPLEX_WEIGHTS="q4")
+    assert "auto, bf16, int8 or fp8" in fault(PERSONAPLEX_KV="int4")
+    assert "1, or 0 to look for faults" in fault(PERSONAPLEX_GRAPHS="cuda")
     assert "rebuild or slide" in fault(PERSONAPLEX_WINDOW="grow")
     assert "https://voice.example.com" in fault(PUBLIC_URL="voice.example.com")
     assert "sqlite:///" in fault(DATABASE_URL="mysql://x/y")
+
+
+def test_how_weights_and_keys_are_kept_is_left_to_the_machine_unless_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = load_settings()
+    monkeypatch.setenv("PERSONAPLEX_WEIGHTS", "INT8")
+    monkeypatch.setenv("PERSONAPLEX_KV", "fp8")
+    monkeypatch.setenv("PERSONAPLEX_GRAPHS", "0")
+    chosen, given = load_settings(), load_settings(personaplex_weights="int4", personaplex_kv="int8")
+
+    kinds = [(one.personaplex_weights, one.personaplex_kv, one.personaplex_graphs) for one in (left, chosen, given)]
+    assert kinds == [("auto", "auto", True), ("int8", "fp8", False), ("int4", "int8", False)]
 
 
 def test_every_malformed_setting_is_in_the_report() -> None:

@@ -14,7 +14,8 @@ from app.engine.contract import (
     Runner,
     Spoken,
 )
-from app.engine.engine import Engine
+from app.engine.engine import Engine, SpeechEngine
+from app.engine.process import EngineProcess
 from app.engine.slots import Lease
 
 __all__ = [
@@ -24,9 +25,11 @@ __all__ = [
     "Engine",
     "EngineFault",
     "EngineFull",
+    "EngineProcess",
     "Heard",
     "Lease",
     "Role",
     "Runner",
+    "SpeechEngine",
     "Spoken",
 ]

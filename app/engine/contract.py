@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,14 @@ Pcm = NDArray[np.float32]
 
 
 class EngineFull(Exception):
-    """Every row is taken: the caller gets the carrier's busy answer."""
+    """No call can be taken now: the caller gets the carrier's busy answer.
+
+    `reason` says why: every row is taken, ticks have lately been late, it loads or has stopped, it is stopping.
+    """
+
+    def __init__(self, message: str, reason: Literal["full", "behind", "not_ready", "stopping"] = "full") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class EngineFault(Exception):
@@ -78,6 +85,8 @@ class Runner(Protocol):
     def warm_up(self, roles: Sequence[Role]) -> None:
         """Load what is needed and prepare these roles, so that their calls start at once.
 
+        May lower `rows` to what the machine has proved to carry; never afterwards.
+
         Raises EngineFault.
         """
         ...
@@ -116,7 +125,7 @@ class Runner(Protocol):
         ...
 
     def between(self) -> None:
-        """Called after each tick, its frames delivered: work for which no caller should wait."""
+        """Called once each beat, the tick's frames delivered: work for which no caller should wait."""
         ...
 
     def close(self) -> None:

@@ -21,27 +21,25 @@ class Lease:
     ticket: int
 
 
-class _Slot:
-    __slots__ = ("inbox", "ticket")
+class LeaseTable:
+    """Who holds which of the rows 0..capacity-1. Any thread may call any method.
 
-    def __init__(self) -> None:
-        self.ticket: int | None = None
-        self.inbox: deque[Pcm] = deque()
+    `given` is the last ticket; a table that takes the place of another begins with its.
+    """
 
-
-class SlotTable:
-    """Rows 0..capacity-1. Any thread may call any method."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int, given: int = 0) -> None:
         self.dropped_frames = 0
-        self._slots = [_Slot() for _ in range(capacity)]
-        self._tickets = 0
+        self.given = given
+        self._tickets: list[int | None] = [None] * capacity
         self._lock = threading.Lock()
 
     @property
+    def capacity(self) -> int:
+        return len(self._tickets)
+
+    @property
     def in_use(self) -> int:
-        return sum(slot.ticket is not None for slot in self._slots)
+        return self.capacity - self._tickets.count(None)
 
     def lease(self) -> Lease:
         """Take a free row.
@@ -49,32 +47,49 @@ class SlotTable:
         Raises EngineFull.
         """
         with self._lock:
-            for row, slot in enumerate(self._slots):
-                if slot.ticket is None:
-                    self._tickets += 1
-                    slot.ticket = self._tickets
-                    return Lease(row, self._tickets)
-        raise EngineFull(f"all {self.capacity} rows are taken")
+            if None not in self._tickets:
+                raise EngineFull(f"all {self.capacity} rows are taken")
+            self.given += 1
+            lease = Lease(self._tickets.index(None), self.given)
+            self._hold(lease)
+            return lease
+
+    def hold(self, lease: Lease) -> None:
+        """Take the row of a lease that another table has given. Whoever held it holds it no more."""
+        with self._lock:
+            self._hold(lease)
 
     def release(self, lease: Lease) -> bool:
         """Free the row and forget what waits on it. False when the lease had ended already."""
         with self._lock:
             if not self.holds(lease):
                 return False
-            slot = self._slots[lease.row]
-            slot.ticket = None
-            slot.inbox.clear()
+            self._free(lease.row)
             return True
 
     def holds(self, lease: Lease) -> bool:
-        return self._slots[lease.row].ticket == lease.ticket
+        return lease.row < self.capacity and self._tickets[lease.row] == lease.ticket
+
+    def _hold(self, lease: Lease) -> None:
+        self._tickets[lease.row] = lease.ticket
+
+    def _free(self, row: int) -> None:
+        self._tickets[row] = None
+
+
+class SlotTable(LeaseTable):
+    """Leases, and for each row an inbox of frames heard. Any thread may call any method."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self._inboxes: list[deque[Pcm]] = [deque() for _ in range(capacity)]
 
     def push(self, lease: Lease, frame: Pcm) -> bool:
         """Queue a frame, dropping the oldest beyond `INBOX_FRAMES`. False when the lease has ended."""
         with self._lock:
             if not self.holds(lease):
                 return False
-            inbox = self._slots[lease.row].inbox
+            inbox = self._inboxes[lease.row]
             inbox.append(frame)
             if len(inbox) > INBOX_FRAMES:
                 inbox.popleft()
@@ -85,9 +100,13 @@ class SlotTable:
         """Move at most one frame a row into `pcm` [capacity, 1920], mark those rows in `active`, name their leases."""
         leases = []
         with self._lock:
-            for row, slot in enumerate(self._slots):
-                active[row] = slot.ticket is not None and bool(slot.inbox)
-                if slot.ticket is not None and slot.inbox:
-                    pcm[row] = slot.inbox.popleft()
-                    leases.append(Lease(row, slot.ticket))
+            for row, (ticket, inbox) in enumerate(zip(self._tickets, self._inboxes, strict=True)):
+                active[row] = ticket is not None and bool(inbox)
+                if ticket is not None and inbox:
+                    pcm[row] = inbox.popleft()
+                    leases.append(Lease(row, ticket))
         return leases
+
+    def _free(self, row: int) -> None:
+        super()._free(row)
+        self._inboxes[row].clear()

@@ -1,5 +1,6 @@
 """The engine thread with runners that are really run."""
 
+import itertools
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -113,11 +114,13 @@ def test_a_runner_that_fails_in_mid_call_is_told_to_everybody(said: Said, caplog
 
     engine = running(Failing(rows=1), said)
     assert ready(engine)
-    engine.push(engine.lease(ROLE), frame(0.1))
+    lease = engine.lease(ROLE)
+    engine.push(lease, frame(0.1))
     engine._thread.join(5)
 
     assert isinstance(engine.fault, RuntimeError)
     assert not engine.ready
+    assert not engine.holds(lease)
     assert "device lost" in caplog.text
 
 
@@ -131,15 +134,73 @@ def test_work_for_which_no_caller_should_wait_comes_after_the_frames_are_deliver
     engine = Engine(Working(rows=1), lambda batch: happened.put(f"{len(batch)} delivered"))
     engine.start()
     assert ready(engine)
-    lease = engine.lease(ROLE)
-    while happened.get(timeout=5) != "work":
-        pass
-    engine.push(lease, frame(0.1))
-    after = [happened.get(timeout=5)]
-    while after[-1] != "1 delivered":
-        after.append(happened.get(timeout=5))
+    engine.push(engine.lease(ROLE), frame(0.1))
+    seen = [happened.get(timeout=5) for _ in range(10)]
+    engine.close()
 
-    assert happened.get(timeout=5) == "work"
+    assert "1 delivered" in seen
+    assert {before for before, after in itertools.pairwise(seen) if after == "work"} <= {"0 delivered", "1 delivered"}
+
+
+def test_a_frame_that_missed_its_tick_does_not_make_the_rest_of_the_call_late(said: Said) -> None:
+    """Two frames at once: the second does not wait for the next beat, when the third will be there."""
+    stepped: list[float] = []
+
+    class Timed(EchoRunner):
+        def step(self, pcm: Pcm, active: NDArray[np.bool_]) -> list[Spoken | None]:
+            stepped.append(timed.until_tick_s())
+            return super().step(pcm, active)
+
+    timed = running(Timed(rows=1), said)
+    assert ready(timed)
+    lease = timed.lease(ROLE)
+    beats = 0
+    while not any(second < first - 0.01 for first, second in itertools.pairwise(stepped)):
+        beats += 1
+        assert beats < 100, "never two frames in one beat"
+        timed.push(lease, frame(0.1))
+        timed.push(lease, frame(0.2))
+        assert [said.get(timeout=5)[1].pcm[0] for _ in range(2)] == pytest.approx([0.1, 0.2])
+    timed.close()
+
+
+def test_a_runner_that_finds_while_it_warms_up_that_it_carries_fewer_rows_gives_no_more(said: Said) -> None:
+    class Lowered(EchoRunner):
+        def warm_up(self, roles: Sequence[Role]) -> None:
+            self.rows = 1
+
+    engine = running(Lowered(rows=3), said)
+    assert ready(engine)
+    lease = engine.lease(ROLE)
+    with pytest.raises(EngineFull, match="all 1 rows"):
+        engine.lease(ROLE)
+    engine.push(lease, frame(0.1))
+
+    assert engine.capacity == 1
+    assert said.get(timeout=5)[1].pcm[0] == pytest.approx(0.1)
+    engine.close()
+
+
+def test_an_engine_behind_its_beat_takes_no_new_call_and_keeps_those_it_has(said: Said) -> None:
+    class Slow(EchoRunner):
+        def step(self, pcm: Pcm, active: NDArray[np.bool_]) -> list[Spoken | None]:
+            threading.Event().wait(0.1)
+            return super().step(pcm, active)
+
+    engine = running(Slow(rows=2), said)
+    assert ready(engine)
+    lease = engine.lease(ROLE)
+    while engine.refusal is None:
+        engine.push(lease, frame(0.1))
+        said.get(timeout=5)
+
+    with pytest.raises(EngineFull, match="behind its beat") as full:
+        engine.lease(ROLE)
+    assert full.value.reason == "behind"
+    assert engine.late_ticks >= 3
+    assert engine.holds(lease)
+    engine.release(lease)
+    assert engine.holds(engine.lease(ROLE)), "with nobody there, nobody is harmed"
     engine.close()
 
 

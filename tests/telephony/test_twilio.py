@@ -2,6 +2,7 @@ import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,7 @@ from telephony.events import (
     Played,
     RemoteProtocolError,
 )
-from telephony.twilio import MARKS_MAX, State, TwilioStream
+from telephony.twilio import MARKS_MAX, SAY_MAX_BYTES, State, TwilioStream, say_document
 
 TRANSCRIPTS = Path(__file__).parents[1] / "fixtures" / "twilio"
 STREAM = "MZ0000000000000000000000000000a001"
@@ -366,3 +367,30 @@ def test_nothing_a_carrier_sends_raises_anything_but_its_own_error(texts: list[s
 
         assert (told == "") or (leg.state is State.CLOSED and not was_closed)
         assert told.encode("utf-8").startswith(b"Twilio call " if told else b"")
+
+
+# --- the answer to a caller for whom there is no room
+
+
+def test_words_are_said_and_the_call_is_ended() -> None:
+    verbs = ElementTree.fromstring(say_document("All lines are taken.").encode())
+
+    assert [(verb.tag, verb.attrib, verb.text) for verb in verbs] == [
+        ("Say", {}, "All lines are taken."),
+        ("Hangup", {}, None),
+    ]
+
+
+@given(st.text(max_size=100))
+def test_words_stay_words_whatever_they_hold(words: str) -> None:
+    verbs = ElementTree.fromstring(say_document(f"<Hangup/>&amp;{words}").encode())
+
+    assert [verb.tag for verb in verbs] == ["Say", "Hangup"]
+    assert (verbs[0].text or "").startswith("<Hangup/>&amp;")
+    assert len(verbs[0]) == 0
+
+
+def test_more_words_than_twilio_takes_are_cut_between_two_letters() -> None:
+    said = ElementTree.fromstring(say_document("x" + "\u00e9" * SAY_MAX_BYTES).encode())[0].text
+
+    assert said == "x" + "\u00e9" * (SAY_MAX_BYTES // 2 - 1)

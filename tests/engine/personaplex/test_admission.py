@@ -1,5 +1,6 @@
 """How many calls a tick carries: found with few looks, kept for the next start, and never the reason that one fails."""
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,8 +20,11 @@ from app.engine.personaplex.admission import (
 from app.engine.personaplex.model.lm import Lm, LmState
 from app.engine.personaplex.model.mimi import Mimi
 from app.engine.personaplex.model.weights import find_checkpoint, load
+from app.engine.personaplex.runner import PersonaPlexRunner
 from app.engine.personaplex.tick import Tick, widths_for
 from app.engine.personaplex.timing import Spread
+from app.engine.personaplex.voices import unpack_voices, voice_file
+from tests.engine.personaplex.runners import HARBOUR, Call, Stage, same_speech
 from tests.engine.tiny import make_tiny_checkpoint, tiny_configs
 
 CPU = torch.device("cpu")
@@ -51,6 +55,41 @@ class Machine:
     def __call__(self, calls: int) -> Spread:
         self.looks.append(calls)
         return Spread.of(self._waiting.pop(0) if self._waiting else [10.0 * calls])
+
+
+# --- in a runner
+
+
+def measuring(checkpoint: Path, file: Path | None, rows: int = 3) -> PersonaPlexRunner:
+    found = find_checkpoint(checkpoint)
+    voices = unpack_voices(found.voices, checkpoint / "voices")
+    runner = PersonaPlexRunner(
+        found, rows, CPU, torch.float32, lambda name: voice_file(voices, name), seed=1, measured=file
+    )
+    runner.warm_up([HARBOUR])
+    return runner
+
+
+def test_a_call_says_the_same_whether_ticks_were_measured_before_it_or_not(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "ticks.json"
+    apart, measured = measuring(tiny, None), measuring(tiny, file)
+    said = [Stage(runner).alone(0, Call(1, HARBOUR, 30)) for runner in (apart, measured)]
+
+    assert file.exists()
+    assert same_speech(*said)
+
+
+def test_a_runner_takes_no_more_calls_than_its_tick_carries(tiny: Path, tmp_path: Path) -> None:
+    """As an earlier start has found it."""
+    file = tmp_path / "ticks.json"
+    measuring(tiny, file)
+    [key] = json.loads(file.read_text())
+    file.write_text(json.dumps({key: {"calls": 2, "p99_ms": 59.0, "most": 3}}))
+    runner = measuring(tiny, file)
+    said = Stage(runner).alone(1, Call(1, HARBOUR, 5))
+
+    assert runner.rows == 2
+    assert len(said) == 5
 
 
 # --- measuring
