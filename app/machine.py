@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -72,6 +73,7 @@ def find_device(wanted: str, weights_bytes: int) -> Device:
     import torch
 
     if wanted in ("auto", "cuda") and torch.cuda.is_available():
+        require_compiler()
         try:
             free_bytes = torch.cuda.mem_get_info()[0]
             return Device("cuda", torch.cuda.get_device_name(), free_bytes, torch.cuda.get_device_capability())
@@ -84,6 +86,16 @@ def find_device(wanted: str, weights_bytes: int) -> Device:
     if wanted == "cpu" or (wanted == "auto" and weights_bytes <= CPU_MOST_BYTES):
         return Device("cpu", "CPU", _free_ram_bytes())
     raise EngineFault(_no_device(wanted))
+
+
+def require_compiler() -> None:
+    """Raises EngineFault where Triton, which compiles the kernels for the GPU, has no C compiler for its own part.
+
+    Source: triton/runtime/build.py.
+    """
+    found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if importlib.util.find_spec("triton") is not None and not found:
+        raise EngineFault("the kernels for the GPU need a C compiler (gcc): apt-get install gcc libc6-dev")
 
 
 def dtype_for(wanted: str, kind: Kind) -> str:

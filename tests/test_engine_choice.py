@@ -19,7 +19,7 @@ from app import engine_choice
 from app.engine import EngineFault, Role, Runner
 from app.engine.personaplex.model.config import LmConfig, MimiConfig
 from app.engine_choice import Plan, best_fit, choose_engine, log_kinds, plan_personaplex, remedy_for, voices_of
-from app.machine import Device, dtype_for, find_device
+from app.machine import Device, dtype_for, find_device, require_compiler
 from app.model_files import ModelFileFault
 from app.settings import Settings
 from app.voice_wav import VoiceFault
@@ -276,13 +276,13 @@ REAL = LmConfig(), MimiConfig()
         # ROWS may ask for more than that, or be content with less.
         (24, {"rows": 3}, ("bf16", "bf16"), 3),
         (24, {"rows": 12}, ("int8", "int8"), 15),
-        (84.5, {"rows": 75}, ("bf16", "int8"), 80),
+        (84.5, {"rows": 75}, ("bf16", "int8"), 79),
         # What is asked for is taken, whatever else would fit.
         (24, {"personaplex_weights": "bf16"}, ("bf16", "int8"), 7),
         (24, {"personaplex_weights": "bf16", "personaplex_kv": "bf16"}, ("bf16", "bf16"), 3),
         (24, {"personaplex_kv": "int8"}, ("bf16", "int8"), 7),
         (12, {"personaplex_weights": "int4"}, ("int4", "int8"), 5),
-        (80, {"personaplex_weights": "fp8", "personaplex_kv": "fp8"}, ("fp8", "fp8"), 83),
+        (80, {"personaplex_weights": "fp8", "personaplex_kv": "fp8"}, ("fp8", "fp8"), 82),
     ],
 )
 def test_the_real_model_is_quantised_only_where_fewer_than_four_calls_or_rows_fit(
@@ -376,3 +376,16 @@ def test_a_wav_voice_lies_beside_the_personas(tiny: Path, tmp_path: Path) -> Non
     assert len(pcm) == 24_000
     with pytest.raises(VoiceFault, match=r"yours\.wav: there is no such file"):
         voice("yours.wav")
+
+
+def test_a_machine_whose_triton_has_no_c_compiler_is_told_how_to_get_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="it has no wheel for this system")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EngineFault, match="apt-get install gcc libc6-dev"):
+        require_compiler()
+
+    (tmp_path / "gcc").touch(0o755)
+    require_compiler()

@@ -15,7 +15,7 @@ from app.engine.personaplex.model import rows
 from app.engine.personaplex.model.config import CODEBOOKS, COLUMN_ROWS, PAD, LmConfig
 from app.engine.personaplex.model.lm import Lm, LmState, Reach
 from app.engine.personaplex.model.ring import Kv, Ring, kv_dtype
-from app.engine.personaplex.sizes import HOT_FRAMES
+from app.engine.personaplex.sizes import HOT_FRAMES, PASS_FRAMES
 from app.engine.personaplex.voices import PackedVoice, Voice
 
 COLD_FRAMES = 4_000
@@ -118,14 +118,13 @@ class PrefixCache:
         key = (id(voice), tuple(text))
         prefix = self._hot.pop(key, None)
         if prefix is None:
-            cold = self._cold.pop(key, None)
+            cold = self._cold.get(key)
             prefix = self._moved(cold) if cold else self.read(build_prompt(self._lm.config, voice, text))
         self._hot[key] = prefix
-        self._make_room()
         return prefix
 
     def read(self, prompt: Prompt) -> Prefix:
-        """One parallel pass over what no kept prefix shares. Blocks for its length: some ten milliseconds on a GPU."""
+        """Parallel passes over what no kept prefix shares. Blocks for their length: some ten milliseconds on a GPU."""
         lm, length = self._lm, len(prompt)
         kept = [*self._hot.values(), *self._cold.values()]
         base = max(kept, key=lambda one: one.prompt.shared(prompt), default=None)
@@ -134,19 +133,25 @@ class PrefixCache:
         kv = Ring.of(lm.config, 1, length, lm.device, self._kv_dtype)
         if base is not None:
             kv.first(start).copy_(base.kv.first(start))
-        hidden = lm.transformer.extend(inputs(lm, prompt)[start:], kv, start)
+        fed = inputs(lm, prompt)
+        for begin in range(start, length, PASS_FRAMES):
+            hidden = lm.transformer.extend(fed[begin : begin + PASS_FRAMES], kv, begin)
         return Prefix(prompt, kv, hidden[-1:].clone())
 
     def _moved(self, prefix: Prefix) -> Prefix:
         return Prefix(prefix.prompt, prefix.kv.to(self._lm.device), prefix.hidden)
 
-    def _make_room(self) -> None:
-        """The one used last stays hot whatever its length."""
+    def make_room(self) -> None:
+        """Let those go that were used longest ago; the one used last stays hot whatever its length. For a moment in
+        which no caller waits: the first time that one goes, its copy is made on the host.
+        """
         while len(self._hot) > 1 and _frames(self._hot) > HOT_FRAMES:
             key, prefix = self._hot.popitem(last=False)
-            kv = prefix.kv.to(torch.device("cpu"))
-            kv = kv.pinned() if self._lm.device.type == "cuda" else kv
-            self._cold[key] = Prefix(prefix.prompt, kv, prefix.hidden)
+            if (kept := self._cold.pop(key, None)) is None:
+                kv = prefix.kv.to(torch.device("cpu"))
+                kv = kv.pinned() if self._lm.device.type == "cuda" else kv
+                kept = Prefix(prefix.prompt, kv, prefix.hidden)
+            self._cold[key] = kept
         while _frames(self._cold) > COLD_FRAMES:
             self._cold.popitem(last=False)
 

@@ -19,7 +19,7 @@ from app.engine.personaplex.model.config import CODEBOOKS
 from app.engine.personaplex.model.lm import Lm, LmState, Reach
 from app.engine.personaplex.model.mimi import DecoderState, Mimi, MimiState
 from app.engine.personaplex.model.quantize import Weights, load_model
-from app.engine.personaplex.model.ring import Kv
+from app.engine.personaplex.model.ring import Kv, Ring
 from app.engine.personaplex.model.tokenizer import Tokenizer
 from app.engine.personaplex.model.weights import Checkpoint, load
 from app.engine.personaplex.prefix import Prefix, PrefixCache, build_prompt, inputs, open_call, place
@@ -35,6 +35,7 @@ Window = Literal["rebuild", "slide"]
 DEFAULT_VOICE = Role("", "").voice
 
 _USUAL_FRAMES = 64
+_REHEARSED_FRAMES = (1, 16, 32, 64, 128, 256)
 
 _log = logging.getLogger("personaline.engine")
 
@@ -83,12 +84,14 @@ class PersonaPlexRunner:
         """
         try:
             self._load(roles)
+            self._rehearse()
             self._tick.warm_up()
             if self._measured is not None:
                 self._admit(self._measured)
             self._seat_rows()
             for role in roles:
                 self._prefix(role)
+            self._prefixes.make_room()
         except torch.OutOfMemoryError as error:
             reason = str(error).partition("\n")[0]
             raise EngineFault(f"{reason}; fewer ROWS take less, and personaline doctor says how many fit") from error
@@ -113,6 +116,17 @@ class PersonaPlexRunner:
         self._tick = Tick(self._lm, self._mimi, self._lm_state, self._mimi_state, self._with_graphs)
         self._silenced = self._after_silence()
         self._prefixes = PrefixCache(self._lm, self._kv)
+
+    def _rehearse(self) -> None:
+        """Have a GPU read passes of several lengths: each kind of kernel is compiled or loaded when first used, and no
+        call shall wait for that.
+        """
+        if self._device.type != "cuda":
+            return
+        lm = self._lm
+        for frames in _REHEARSED_FRAMES:
+            scratch = Ring.of(lm.config, 1, frames, self._device, self._lm_state.kv.values.dtype)
+            lm.transformer.extend(torch.zeros(frames, lm.config.dim, device=self._device, dtype=lm.dtype), scratch, 0)
 
     def _admit(self, measured: Path) -> None:
         """Take as many calls as the tick carries in time, if that is fewer than there is memory for."""
@@ -180,6 +194,7 @@ class PersonaPlexRunner:
             for row, seat in self._seated():
                 self._rebuilder.watch(row, seat.seed)
         self._rebuilder.work()
+        self._prefixes.make_room()
 
     def close(self) -> None:
         for name in ("_tick", "_lm", "_mimi", "_lm_state", "_mimi_state", "_silenced", "_prefixes", "_rebuilder"):

@@ -59,11 +59,11 @@ class Tick:
             self(np.zeros((self.rows, FRAME_SAMPLES), np.float32), np.zeros(self.rows, np.bool_), self._widest)
             return
         self._heard.zero_()
-        pool = None
-        # The widest first: the others then find their memory in what it left.
+        # On one stream and in one pool, the widest first: the others find their memory in what it left.
+        stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         for width in reversed(self.widths):
-            self._graphs[width] = graph = self._captured(width, pool)
-            pool = graph.pool()
+            self._graphs[width] = self._captured(width, stream, pool)
+        torch.cuda.empty_cache()
 
     def __call__(self, pcm: Pcm, active: NDArray[np.bool_], reach: Reach) -> Said:
         """Advance every active row by a frame; blocks until what they say is on the host.
@@ -112,8 +112,8 @@ class Tick:
         words = torch.stack((frame[:, 0], lm_state.guide.taken), 1)
         self._said[:width].copy_(torch.cat((speech, words.to(speech.dtype)), 1))
 
-    def _captured(self, width: int, pool: Any) -> torch.cuda.CUDAGraph:
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    def _captured(self, width: int, stream: "torch.cuda.Stream", pool: Any) -> "torch.cuda.CUDAGraph":
+        graph = torch.cuda.CUDAGraph()
         try:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -126,8 +126,15 @@ class Tick:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
+            reason = str(_first(error)).partition("\n")[0]
             remedy = "PERSONAPLEX_GRAPHS=0 (--no-graphs) runs it without"
             found = f"a tick of {width} calls cannot be captured as a CUDA graph ({reason})"
             raise EngineFault(f"{found}; {remedy}") from error
         return graph
+
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong first: ending a capture that has failed fails too, and hides the reason."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return error

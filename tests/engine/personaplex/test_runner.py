@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from app.engine.contract import FRAME_SAMPLES, EngineFault, Role, Spoken
-from app.engine.personaplex.model.ring import Kv
+from app.engine.personaplex.model.ring import Kv, Ring
 from app.engine.personaplex.model.weights import TOKENIZER_NAME, find_checkpoint
 from app.engine.personaplex.prefix import PrefixCache
+from app.engine.personaplex.rebuild import LATE_FRAMES
 from app.engine.personaplex.runner import PersonaPlexRunner
 from tests.engine.personaplex.runners import (
     CAPTAIN,
@@ -307,6 +308,57 @@ def test_a_call_that_ends_while_it_is_made_anew_leaves_nothing_to_the_rows_next_
     assert same_speech(stage.alone(0, call), Stage(runner).alone(1, call))
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, LATE_FRAMES])
+def test_a_row_is_made_anew_whichever_of_several_late_frames_brings_it_past_its_time(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """Late frames are stepped between two ticks, and only after a tick there is time for this."""
+    monkeypatch.setattr("app.engine.personaplex.rebuild.CHUNK_FRAMES", 8)
+    runner = tiny_runner(checkpoint, 1)
+    runner.warm_up([HARBOUR])
+    runner.join(0, HARBOUR)
+    made_anew, tick = 0, 0
+    while made_anew < 4:
+        for _ in range(steps):
+            runner.step(sound(0, tick)[None], np.array([True]))
+            tick += 1
+        before = int(runner._positions[0])
+        runner.between()
+        if runner._positions[0] < before:
+            made_anew += 1
+            assert made_of_its_history(runner, 0), f"frame {tick}"
+        assert runner._positions[0] <= runner._lm.config.ring
+    prefix = runner._prefix(HARBOUR)
+    assert runner._lm_state.kv.row(0).first(len(prefix.prompt)).values.equal(prefix.kv.values)
+
+
+def test_a_call_for_whose_copy_there_is_no_memory_goes_on_and_others_are_made_anew(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = tiny_runner(checkpoint, 2)
+    runner.warm_up([HARBOUR])
+    stage = Stage(runner)
+    stage.begin(0, Call(1, HARBOUR, 3 * CONTEXT))
+    like = Ring.like
+
+    def full(ring: Ring, slots: int) -> Ring:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 170 MiB.\nand so on")
+
+    monkeypatch.setattr(Ring, "like", full)
+    while runner._positions[0] < 2 * CONTEXT:
+        stage.tick()
+    monkeypatch.setattr(Ring, "like", like)
+
+    assert caplog.text.count("no memory to make a call anew") == 1
+    assert "Tried to allocate 170 MiB." in caplog.text
+    stage.begin(1, Call(2, HARBOUR, 2 * CONTEXT))
+    before = 0
+    while before <= runner._positions[1]:
+        before = int(runner._positions[1])
+        stage.tick()
+    assert made_of_its_history(runner, 1)
+
+
 def test_calls_that_began_together_are_due_apart(checkpoint: Path) -> None:
     due = set()
     for seed in range(4):
@@ -440,11 +492,13 @@ def test_prompts_used_long_ago_go_to_the_host_and_then_away(
     kept = cache.of(voice, first)
     for text in others[:3]:
         cache.of(voice, text)
+        cache.make_room()
 
     assert sum(len(prefix.prompt) for prefix in cache._hot.values()) <= 100
     assert cache.of(voice, first).kv.values.equal(kept.kv.values)
     for text in others:
         cache.of(voice, text)
+        cache.make_room()
     assert sum(len(prefix.prompt) for prefix in cache._cold.values()) <= 150
     assert cache.of(voice, first) is not kept
     assert torch.allclose(cache.of(voice, first).kv.values, kept.kv.values, atol=1e-4)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.engine.personaplex.model.sampling import draw, gumbel
+from app.engine.personaplex.model.sampling import Luck, draw, gumbel
 
 
 def draws(logits: Tensor, temperature: float, top_k: int, count: int, seed: int = 7) -> Tensor:
     """`count` draws [count] from one row of logits, each with the next number of draws made."""
     rows = logits.expand(count, -1)
-    noise = gumbel(torch.full((count,), seed), torch.arange(count), 0, 1, min(top_k, len(logits)))[:, 0]
-    return draw(rows, torch.full((count,), temperature), torch.full((count,), top_k), noise)
+    noise = gumbel(torch.full((count,), seed), torch.arange(count), 0, 1, min(top_k, len(logits)))
+    return draw(rows, Luck.of(noise, torch.full((count,), temperature), torch.full((count,), top_k)), 0)
 
 
 def chi_square_over_degrees(found: Tensor, expected: Tensor) -> float:
@@ -62,16 +62,14 @@ def test_a_row_draws_the_same_whoever_shares_its_batch() -> None:
     """Other rows have other seeds, temperatures and a larger top-k."""
     logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(1))
     for n, row in enumerate(logits):
-        noise = gumbel(torch.tensor([9]), torch.tensor([n]), 4, 1, 20)[:, 0]
-        alone = draw(row[None], torch.tensor([0.8]), torch.tensor([20]), noise)
+        noise = gumbel(torch.tensor([9]), torch.tensor([n]), 4, 2, 20)
+        alone = draw(row[None], Luck.of(noise, torch.tensor([0.8]), torch.tensor([20])), 1)
         others = torch.randn(3, 300)
         seeds, drawn = torch.tensor([1, 2, 9, 4]), torch.tensor([n * 3, 5, n, 0])
-        together = draw(
-            torch.stack((others[0], others[1], row, others[2])),
-            torch.tensor([0.0, 1.3, 0.8, 2.0]),
-            torch.tensor([1, 300, 20, 100]),
-            gumbel(seeds, drawn, 4, 1, 300)[:, 0],
+        luck = Luck.of(
+            gumbel(seeds, drawn, 4, 2, 300), torch.tensor([0.0, 1.3, 0.8, 2.0]), torch.tensor([1, 300, 20, 100])
         )
+        together = draw(torch.stack((others[0], others[1], row, others[2])), luck, 1)
         assert together[2] == alone[0]
 
 
@@ -80,7 +78,8 @@ def test_a_temperature_of_zero_takes_the_likeliest_beside_rows_that_do_not() -> 
     cold = torch.arange(64) % 2 == 0
     temperature = torch.where(cold, 0.0, 1.0)
 
-    drawn = draw(logits, temperature, torch.full((64,), 50), gumbel(torch.arange(64), torch.arange(64), 0, 1, 50)[:, 0])
+    noise = gumbel(torch.arange(64), torch.arange(64), 0, 1, 50)
+    drawn = draw(logits, Luck.of(noise, temperature, torch.full((64,), 50)), 0)
 
     assert torch.equal(drawn[cold], logits.argmax(1)[cold])
     assert not torch.equal(drawn[~cold], logits.argmax(1)[~cold])
@@ -89,11 +88,7 @@ def test_a_temperature_of_zero_takes_the_likeliest_beside_rows_that_do_not() -> 
 def test_half_precision_logits_are_drawn_from_in_full() -> None:
     logits = torch.tensor([[1.0, 1.001, 1.002]]).to(torch.float16).expand(3000, -1)
 
-    drawn = draw(
-        logits,
-        torch.ones(3000),
-        torch.full((3000,), 3),
-        gumbel(torch.full((3000,), 2), torch.arange(3000), 0, 1, 3)[:, 0],
-    )
+    noise = gumbel(torch.full((3000,), 2), torch.arange(3000), 0, 1, 3)
+    drawn = draw(logits, Luck.of(noise, torch.ones(3000), torch.full((3000,), 3)), 0)
 
     assert torch.bincount(drawn, minlength=3).min() > 850

@@ -35,19 +35,19 @@ def free_bytes(device: torch.device, cap_bytes: float | None) -> int:
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
-def forget_peak(device: torch.device) -> None:
-    """Give back what is not in use, and begin to count anew."""
+def give_back(device: torch.device) -> None:
+    """Give back what is not in use."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def used_bytes(device: torch.device) -> int:
-    """On a GPU what torch has taken of it, at its peak since `forget_peak`; else the process's own memory, now, without
-    the pages of files.
+    """What is taken of a GPU now, by everything that runs on it; else the process's own memory, without the pages of
+    files.
     """
     if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free
     return anonymous_bytes("self") or 0
 
 

@@ -9,7 +9,7 @@ import torch
 
 from app.engine.contract import EngineFault
 from app.engine.personaplex.bench.cold_start import ColdStart, Load, cold_start
-from app.engine.personaplex.bench.memory import cap_memory, forget_peak, free_bytes, used_bytes
+from app.engine.personaplex.bench.memory import cap_memory, free_bytes, give_back, used_bytes
 from app.engine.personaplex.bench.report import Point, Report, Start, environment
 from app.engine.personaplex.bench.roofline import Limits, measure_limits
 from app.engine.personaplex.bench.trial import PROMPT_FRAMES, Networks, Trial
@@ -126,7 +126,7 @@ class _Bench:
             networks = Networks(
                 self._checkpoint, self.device, self.dtype, options.weights, options.kv, max(self._counts)
             )
-            forget_peak(self.device)
+            give_back(self.device)
             self._step("making room for calls")
             trial = self._largest(networks)
         points = []
@@ -143,7 +143,7 @@ class _Bench:
         for calls in sorted(self._counts, reverse=True):
             if (trial := _tried(networks, calls, self._options.graphs)) is not None:
                 return trial
-            forget_peak(self.device)
+            give_back(self.device)
         return None
 
     def _point(self, networks: Networks, trial: Trial, limits: Limits, calls: int, context: int) -> Point | None:

@@ -10,6 +10,7 @@ from app.engine.personaplex.model.linear import SEVERAL, Linear
 from app.engine.personaplex.model.ops import Rotation, frequencies
 
 _EPSILON = 1e-5
+_ALIGNED = 16
 
 
 class _Layer:
@@ -104,11 +105,15 @@ class CodecTransformer:
         return q, k, v
 
     def _seen(self, positions: Tensor) -> Tensor:
-        """Which slots each new step attends to: bool [S, 1, T, ring].
+        """Which slots each new step attends to: float32 [S, 1, T, ring], 0 for those and -inf for the others.
 
         All new steps are written before the first attends. In a full ring they have taken the oldest slots, so the
         first of a frame sees one key fewer than the last: the reference streams like this, and its codes show it.
         """
         newest = positions[:, -1:]
         held = newest - (newest - torch.arange(self._config.ring, device=positions.device)) % self._config.ring
-        return ((held >= 0)[:, None] & (held[:, None] <= positions[:, :, None]))[:, None]
+        seen = (held >= 0)[:, None] & (held[:, None] <= positions[:, :, None])
+        # Every layer would make these numbers of the truth values, and on a GPU lay them out again in rows of 16 bytes.
+        steps, slots = seen.shape[1:]
+        rows = torch.zeros(len(seen), 1, steps, -(-slots // _ALIGNED) * _ALIGNED, device=held.device)
+        return rows[..., :slots].masked_fill_(~seen[:, None], -torch.inf)

@@ -30,7 +30,8 @@ class Linear:
             return torch.ops.mkldnn._linear_pointwise(x, self._blocked, None, "none", [], "")  # type: ignore[no-any-return]
         if isinstance(self._weight, Quantized):
             return _quantised(x, self._weight)
-        return functional.linear(x, self._weight)
+        # Of windows that overlap torch would make many small products, one for each row.
+        return functional.linear(x.reshape(-1, x.shape[-1]), self._weight).view(*x.shape[:-1], -1)
 
     def scale_rows(self, factor: Tensor) -> None:
         """Multiply the outputs by `factor` [out], exactly where these are powers of two. Before `pack`."""

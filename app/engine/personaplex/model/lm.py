@@ -12,7 +12,7 @@ from app.engine.personaplex.model.guide import Guide, steer
 from app.engine.personaplex.model.linear import Linear
 from app.engine.personaplex.model.quantize import Weights
 from app.engine.personaplex.model.ring import Kv, Ring, kv_dtype
-from app.engine.personaplex.model.sampling import Choice, draw, gumbel
+from app.engine.personaplex.model.sampling import Choice, Luck, draw, gumbel
 from app.engine.personaplex.model.transformer import Transformer
 
 
@@ -72,6 +72,10 @@ class Lm:
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, device=device, dtype=dtype)
 
+        if device.type == "cuda":
+            # On Hopper torch would prefer cuDNN's attention, which makes a plan for each new shape: every part of a
+            # prompt is one, and calls would wait for it.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.config, self.device, self.dtype = config, device, dtype
         self._audio_tables = empty(2 * CODEBOOKS, config.card + 1, config.dim)
         self._text_table = empty(config.text_card + 1, config.dim)
@@ -135,8 +139,7 @@ class Lm:
         state.history[row, state.position % self.config.ring] = column.to(torch.int32)
         hidden = self.transformer.step(self.embed(column), state.kv, state.position, active, reach.longest)
         choice = state.choice
-        text_noise = gumbel(choice.seed, choice.drawn, 0, 1, reach.text_ranks)
-        sampled = draw(self.text_logits(hidden), choice.text_temperature, choice.text_top_k, text_noise[:, 0])
+        sampled = self._sampled_text(choice, hidden, reach)
         text = steer(state.guide, sampled, state.next_agent[:, 0], active)
         codes = self._codes(choice, hidden, text, reach.audio_ranks)
         frame = torch.cat((state.next_agent[:, :2], codes[:, 1:]), 1)
@@ -148,18 +151,18 @@ class Lm:
 
     def _codes(self, choice: Choice, hidden: Tensor, text: Tensor, ranks: int, steps: int = CODEBOOKS) -> Tensor:
         noise = gumbel(choice.seed, choice.drawn, 1, steps, ranks)
+        luck = Luck.of(noise, choice.audio_temperature, choice.audio_top_k)
+        return self.depformer.run(hidden, text, lambda codebook, logits: draw(logits, luck, codebook), steps)
 
-        def chosen(codebook: int, logits: Tensor) -> Tensor:
-            return draw(logits, choice.audio_temperature, choice.audio_top_k, noise[:, codebook])
-
-        return self.depformer.run(hidden, text, chosen, steps)
+    def _sampled_text(self, choice: Choice, hidden: Tensor, reach: Reach) -> Tensor:
+        noise = gumbel(choice.seed, choice.drawn, 0, 1, reach.text_ranks)
+        return draw(self.text_logits(hidden), Luck.of(noise, choice.text_temperature, choice.text_top_k), 0)
 
     def open(self, choice: Choice, guide: Guide, hidden: Tensor, reach: Reach) -> Tensor:
         """The first text token and semantic code after a prompt, int64 [1, 2], from its last hidden state [1, D].
 
         The acoustic codes of that position are not the model's to choose: the prompt's silence still owes them.
         """
-        noise = gumbel(choice.seed, choice.drawn, 0, 1, reach.text_ranks)[:, 0]
-        sampled = draw(self.text_logits(hidden), choice.text_temperature, choice.text_top_k, noise)
+        sampled = self._sampled_text(choice, hidden, reach)
         text = steer(guide, sampled, torch.full_like(sampled, PAD), torch.ones_like(sampled, dtype=torch.bool))
         return torch.stack((text, self._codes(choice, hidden, text, reach.audio_ranks, 1)[:, 0]), 1)

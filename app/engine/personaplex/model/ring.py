@@ -56,7 +56,7 @@ class Layer:
         values = self.values[:, :, :, :reach]
         if self.scales is None:
             return values.to(dtype)
-        return values.to(dtype) * self.scales[:, :, :, :reach, None].to(dtype)
+        return (values.to(torch.float32) * self.scales[:, :, :, :reach, None]).to(dtype)
 
 
 @dataclass

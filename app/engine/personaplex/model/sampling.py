@@ -51,21 +51,35 @@ def gumbel(seed: Tensor, drawn: Tensor, first: int, streams: int, ranks: int) ->
     return -torch.log(-torch.log(uniform))
 
 
-def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, noise: Tensor) -> Tensor:
-    """One token a row, int64 [S].
-
-    Args:
-        logits: [S, V], any float dtype.
-        temperature: [S]. 0 takes the likeliest.
-        top_k: int64 [S]: how many of the likeliest tokens may be drawn.
-        noise: from `gumbel`, [S, ranks]; no top_k may be larger than ranks.
+@dataclass(frozen=True, slots=True)
+class Luck:
+    """All that chance decides in a step: noise float32 [S, streams, ranks], -inf for ranks that a row may not draw, and
+    what a row's logits are divided by, float32 [S, 1]. A temperature of 0 leaves the likeliest alone.
     """
-    ranks = min(noise.shape[1], logits.shape[1])
-    best, tokens = _ranked(logits.to(torch.float32), ranks)
-    warm = (temperature > 0)[:, None]
-    score = torch.where(warm, best / temperature.clamp(min=1e-6)[:, None] + noise[:, :ranks], best)
-    score = score.masked_fill(torch.arange(ranks, device=score.device) >= top_k.clamp(min=1)[:, None], -torch.inf)
-    return tokens.gather(1, score.argmax(1, keepdim=True))[:, 0]
+
+    noise: Tensor
+    heat: Tensor
+
+    @classmethod
+    def of(cls, noise: Tensor, temperature: Tensor, top_k: Tensor) -> "Luck":
+        """
+        Args:
+            noise: from `gumbel`.
+            temperature: [S]. 0 takes the likeliest.
+            top_k: int64 [S]: how many of the likeliest tokens may be drawn; none may be more than there are ranks.
+        """
+        warm = temperature > 0
+        most = torch.where(warm, top_k.clamp(min=1), 1)
+        beyond = torch.arange(noise.shape[-1], device=noise.device) >= most[:, None, None]
+        heat = torch.where(warm, temperature.clamp(min=1e-6), 1.0)[:, None]
+        return cls(noise.masked_fill(beyond, -torch.inf), heat)
+
+
+def draw(logits: Tensor, luck: Luck, stream: int) -> Tensor:
+    """One token a row, int64 [S], from logits [S, V] of any float dtype."""
+    noise = luck.noise[:, stream, : logits.shape[1]]
+    best, tokens = _ranked(logits.to(torch.float32), noise.shape[1])
+    return tokens.gather(1, (best / luck.heat + noise).argmax(1, keepdim=True))[:, 0]
 
 
 def _ranked(logits: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
