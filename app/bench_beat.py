@@ -39,7 +39,7 @@ LATENESS = Lateness(2.0, 0.002, 60.0)
 class ModelRunner(EchoRunner):
     """A Runner that waits as for a GPU, without the interpreter lock, and does on the host what PersonaPlex's does.
 
-    A beat in which nobody has a frame costs as much, so that a service without calls can be compared. When each tick
+    `gpu_s` is a tick of all rows, a fifth of it whoever is in it. A beat in which nobody has a frame costs as much, so that a service without calls can be compared. When each tick
     began and ended is written to a file at the end: float64 [ticks, 2], seconds of `time.monotonic`. The engine's
     thread keeps to the processor's core `core`, if one is given.
     """
@@ -61,7 +61,7 @@ class ModelRunner(EchoRunner):
     def step(self, pcm: Pcm, active: NDArray[np.bool_]) -> list[Spoken | None]:
         self._began_s = time.monotonic()
         self._speech[:] = pcm
-        time.sleep(self._gpu_s)
+        time.sleep(self._gpu_s * (0.2 + 0.8 * float(active.mean())))
         audible = np.sqrt(np.mean(np.square(self._speech), axis=1)) > 0.001
         return [
             Spoken(self._speech[row].copy(), "" if audible[row] else " ") if active[row] else None

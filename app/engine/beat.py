@@ -14,15 +14,15 @@ BEHIND_WITHIN_S = 2.0
 """So many late ticks within so short a time are no accident: no new call is taken until it has passed."""
 
 _CAUGHT_UP_BEATS = 4
-# A tick is as long as the calls that are due in it: one with few of them says little of the next.
-_FORGET = 0.95
+# Each beat; half of what the longest look took is forgotten after a minute, and longer looks are tried again.
+_FORGET = 0.999
 
 
 class Beat:
     """Ticks on multiples of 80 ms from an epoch, and looks between them.
 
-    All frames are aligned to the tick; a look is for those that missed it, and is taken only if a whole tick would be
-    over before the next one is due. Times are seconds of `time.monotonic`, which all processes of a machine share.
+    All frames are aligned to the tick; a look is for the few that missed it, and is taken only if one as long as the
+    longest of the last minute would be over before the next tick is due. Times are seconds of `time.monotonic`, which all processes of a machine share.
     Engine thread only, but for `until_tick_s` and `behind`.
     """
 
@@ -30,7 +30,7 @@ class Beat:
         self.epoch_s = time.monotonic() if epoch_s is None else epoch_s
         self.late_ticks = 0
         self._late_at_s: deque[float] = deque(maxlen=BEHIND_TICKS)
-        self._longest_s = 0.0
+        self._look_s = 0.0
         self._due_s = self.epoch_s
         self._look = 0
 
@@ -62,16 +62,18 @@ class Beat:
         A late tick is followed at once by the next, until the beat is caught up. More than four beats are given up.
         """
         if self.on_tick:
-            self._tick_ended(began_s, now_s)
+            self._tick_ended(now_s)
+        else:
+            self._look_s = max(self._look_s, now_s - began_s)
         self._look += 1
-        if self._look == LOOKS or max(now_s, self.next_s) + self._longest_s > self._due_s + BEAT_S:
+        if self._look == LOOKS or max(now_s, self.next_s) + self._look_s > self._due_s + BEAT_S:
             self._due_s, self._look = self._due_s + BEAT_S, 0
             behind = (now_s - self._due_s) / BEAT_S
             if behind > _CAUGHT_UP_BEATS:
                 self._due_s += math.floor(behind) * BEAT_S
 
-    def _tick_ended(self, began_s: float, now_s: float) -> None:
-        self._longest_s = max(now_s - began_s, self._longest_s * _FORGET)
+    def _tick_ended(self, now_s: float) -> None:
+        self._look_s *= _FORGET
         if now_s > self._due_s + BEAT_S:
             self.late_ticks += 1
             self._late_at_s.append(now_s)

@@ -41,7 +41,7 @@ class CallFault(Exception):
 
 
 class CallRejected(CallFault):
-    """The service turned the call away, as `reason` says: `busy` or `rejected`."""
+    """The service turned the call away, as `reason` says: `busy`, `rejected`, or the words that the caller was told."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"the service turned the call away: {reason}")
@@ -73,7 +73,7 @@ def read_answer(document: str) -> Stream:
     """Read the TwiML that answers a voice webhook.
 
     Raises:
-        CallRejected: a `<Reject>`.
+        CallRejected: a `<Reject>`, or words and a `<Hangup>`.
         CallFault: anything but `<Connect><Stream>`, which is all that this carrier plays.
     """
     try:
@@ -83,6 +83,8 @@ def read_answer(document: str) -> Stream:
     verb = next(iter(response), None)
     if verb is not None and verb.tag == "Reject":
         raise CallRejected(verb.get("reason", "rejected"))
+    if [one.tag for one in response] == ["Say", "Hangup"]:
+        raise CallRejected(f"told {response[0].text!r}")
     stream = verb.find("Stream") if verb is not None and verb.tag == "Connect" else None
     if response.tag != "Response" or stream is None or not stream.get("url"):
         raise CallFault(f"the answer holds no <Connect><Stream url=...>: {document[:200]!r}")

@@ -7,19 +7,18 @@ from app.engine.beat import BEHIND_TICKS, Beat
 EPOCH_S = 1_000.0
 
 
-def played(ticks_ms: list[float], idle_after: int = 0) -> tuple[Beat, list[tuple[float, bool]]]:
-    """A beat whose ticks take so long and whose looks take nothing: when each began, in ms, and if it was a tick."""
+def played(ticks_ms: list[float], looks_ms: float = 0.0) -> tuple[Beat, list[tuple[float, bool]]]:
+    """A beat whose ticks and looks take so long: when each began, in ms, and if it was a tick."""
     beat = Beat(EPOCH_S)
     beat.begin(EPOCH_S + 0.001)
     now_s, began = EPOCH_S + 0.001, list[tuple[float, bool]]()
-    costs = iter(ticks_ms + [0.0] * idle_after)
+    costs = iter(ticks_ms)
     while True:
         began_s = now_s = max(now_s, beat.next_s)
-        if beat.on_tick:
-            cost_ms = next(costs, None)
-            if cost_ms is None:
-                return beat, began
-            now_s += cost_ms / 1000
+        cost_ms = next(costs, None) if beat.on_tick else looks_ms
+        if cost_ms is None:
+            return beat, began
+        now_s += cost_ms / 1000
         began.append((round((began_s - EPOCH_S) * 1000, 3), beat.on_tick))
         beat.ended(began_s, now_s)
 
@@ -37,15 +36,31 @@ def test_ticks_are_eighty_milliseconds_apart_with_looks_between() -> None:
     ]  # fmt: skip
 
 
-def test_a_look_is_taken_only_if_a_whole_tick_would_be_over_before_the_next() -> None:
-    assert played([30.0])[1] == [(80, True), (110, False), (120, False)]
-    assert played([45.0])[1] == [(80, True)]
+def looks(began: list[tuple[float, bool]]) -> list[float]:
+    return [at_ms for at_ms, is_tick in began if not is_tick]
 
 
-def test_one_short_tick_does_not_make_the_next_ones_look_shorter_than_they_are() -> None:
-    _, began = played([45.0, 1.0, 45.0])
+def test_a_long_tick_is_followed_by_the_looks_that_it_left_time_for() -> None:
+    assert looks(played([30.0])[1]) == [110, 120, 140]
+    assert looks(played([70.0], looks_ms=1.0)[1]) == [150, 151, 152]
+    assert looks(played([80.0])[1]) == [160, 160, 160]
+    assert looks(played([81.0])[1]) == []
 
-    assert [at_ms for at_ms, is_tick in began if not is_tick] == [180.0]
+
+def test_a_look_is_taken_only_if_one_as_long_as_the_longest_would_be_over_before_the_tick() -> None:
+    _, began = played([45.0, 45.0, 45.0], looks_ms=30.0)
+
+    assert looks(began) == [125, 205, 285]
+    assert ticks(began) == [80, 160, 240]
+
+
+def test_a_look_that_made_a_tick_late_is_not_soon_tried_again() -> None:
+    _, began = played([45.0] * 400, looks_ms=60.0)
+
+    assert looks(began)[0] == 125
+    assert ticks(began)[:3] == [80, 185, 240]
+    assert len(looks(began)) == 1
+    assert len(looks(played([45.0] * 1_000, looks_ms=60.0)[1])) == 2
 
 
 def test_a_late_tick_is_followed_at_once_by_the_next_until_the_beat_is_caught_up() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from app.simulate.twilio import CallFault, CallRejected, FakeTwilio, LineFaults, read_answer
 from telephony.g711 import ULAW_SILENCE
-from telephony.twilio import connect_document, reject_document, signature_valid
+from telephony.twilio import connect_document, reject_document, say_document, signature_valid
 from tests.simulate.standin import PUBLIC_URL, TOKEN, Leg, StandIn, stand_in, until
 
 SPEECH = bytes(range(160)) * 5
@@ -339,3 +339,8 @@ async def test_two_calls_at_once_keep_apart(service: StandIn) -> None:
     heard_by = [set(bytes(call.playback.lane)) - {ULAW_SILENCE[0]} for call in (one, two)]
     assert heard_by == [{1}, {2}]
     assert one.call_sid != two.call_sid
+
+
+def test_a_caller_who_is_told_that_there_is_no_room_was_turned_away() -> None:
+    with pytest.raises(CallRejected, match="All our lines are taken"):
+        read_answer(say_document("All our lines are taken."))

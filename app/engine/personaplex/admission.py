@@ -70,7 +70,8 @@ def kept_or_measured(file: Path, key: str, most: int, measure: Callable[[], Admi
 def calls_in_time(tick: Tick, lm_state: LmState, most: int, budget_ms: float = BUDGET_MS) -> Admission:
     """The most calls, among the widths that `tick` has, whose ticks stay under the budget with every window full.
 
-    At least one, in time or not. Takes a second where `most` are in time, else a few. No row may have a call, and what
+    At least one, in time or not. The windows are full of zeros, which a GPU reads as fast as anything, if with less
+    power. Takes a second where `most` are in time, else a few. No row may have a call, and what
     the rows hold afterwards is nobody's: a call that joins clears its own. Engine thread only.
     """
 

@@ -93,7 +93,7 @@ def test_frames_for_fewer_rows_than_there_are_move_only_those(tiny: Path) -> Non
 
 @pytest.mark.parametrize("kv", ["bf16", "int8", "fp8"])
 def test_a_whole_tick_of_the_real_model_asks_nothing_of_the_device_and_moves_nothing(kv: Kv) -> None:
-    """What a CUDA graph needs: on the meta device every word from the host is an error."""
+    """What a CUDA graph needs: on the meta device whatever is read back is an error."""
     lm, mimi = Lm(LmConfig(), META, torch.bfloat16), Mimi(MimiConfig(), META)
     mimi.pack()
     states = LmState.of(lm.config, 3, META, torch.bfloat16, kv), mimi.state(3)
