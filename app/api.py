@@ -48,6 +48,12 @@ class Readiness:
         unready = "" if self.engine_ready else f"the {self.engine} engine is not ready"
         return [reason for reason in (self.engine_reason or unready, self.store_fault) if reason]
 
+    @property
+    def warnings(self) -> list[str]:
+        full = self.engine_ready and not self.rows_free
+        taken = f"all {self.rows} row{'s are' if self.rows > 1 else ' is'} taken: another caller hears busy"
+        return [*([taken] if full else []), *self.persona_faults]
+
 
 @dataclass(frozen=True, slots=True)
 class Health:
@@ -141,7 +147,7 @@ def _status_router(readiness: Callable[[], Readiness], metrics: Metrics) -> APIR
         """Whether calls can be taken, and if not, why. All rows being in use is no reason: callers hear busy."""
         now = readiness()
         response.status_code = 503 if now.reasons else 200
-        return Ready(not now.reasons, now.reasons, list(now.persona_faults), now.engine, now.rows, now.rows_free)
+        return Ready(not now.reasons, now.reasons, now.warnings, now.engine, now.rows, now.rows_free)
 
     @router.get(
         "/metrics",

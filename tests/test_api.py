@@ -142,23 +142,27 @@ async def test_health_and_readiness_are_for_everybody_and_metrics_for_the_privat
             assert (await somebody.get("/metrics")).status_code == status
 
 
-FINE = Readiness("cascade", True, 4, 0)
+FINE = Readiness("cascade", True, 4, 1)
 
 
 @pytest.mark.parametrize(
-    ("now", "status", "reasons"),
+    ("now", "status", "reasons", "warnings"),
     [
-        (FINE, 200, []),
-        (replace(FINE, engine_ready=False), 503, ["the cascade engine is not ready"]),
-        (replace(FINE, store_fault="the disk is full"), 503, ["the disk is full"]),
-        (replace(FINE, persona_faults=["operator.yaml: line 3"]), 200, []),
+        (FINE, 200, [], []),
+        (replace(FINE, engine_ready=False), 503, ["the cascade engine is not ready"], []),
+        (replace(FINE, engine_reason="the engine is behind its beat"), 503, ["the engine is behind its beat"], []),
+        (replace(FINE, store_fault="the disk is full"), 503, ["the disk is full"], []),
+        (replace(FINE, persona_faults=["operator.yaml: line 3"]), 200, [], ["operator.yaml: line 3"]),
+        (replace(FINE, rows_free=0), 200, [], ["all 4 rows are taken: another caller hears busy"]),
     ],
 )
-async def test_readiness_says_why_not(store: Store, now: Readiness, status: int, reasons: list[str]) -> None:
+async def test_readiness_says_why_not(
+    store: Store, now: Readiness, status: int, reasons: list[str], warnings: list[str]
+) -> None:
     answer = await got(small_app(store, lambda: now), "/ready", status)
 
     assert (answer["ready"], answer["reasons"]) == (status == 200, reasons)
-    assert answer["warnings"] == list(now.persona_faults)
+    assert answer["warnings"] == warnings
 
 
 def test_metrics_carry_their_units_and_what_they_mean() -> None:

@@ -150,7 +150,9 @@ def test_when_every_row_is_taken_the_next_caller_hears_busy_and_is_counted(servi
     third = webhook(service, "CA3")
 
     assert ET.fromstring(third.text).find("Reject").attrib == {"reason": "busy"}  # type: ignore[union-attr]
-    assert httpx.get(f"{service.url}/ready").json()["rows_free"] == 0
+    ready = httpx.get(f"{service.url}/ready")
+    assert (ready.status_code, ready.json()["rows_free"]) == (200, 0)
+    assert ready.json()["warnings"] == ["all 2 rows are taken: another caller hears busy"]
     wait_for(lambda: not service.service.store.queued)
     assert [call.outcome for call in service.service.store.calls(10) if call.carrier_call_id == "CA3"] == ["busy"]
     assert 'personaline_calls_total{outcome="busy"} 1.0' in httpx.get(f"{service.url}/metrics").text
