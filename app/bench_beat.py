@@ -39,9 +39,10 @@ LATENESS = Lateness(2.0, 0.002, 60.0)
 class ModelRunner(EchoRunner):
     """A Runner that waits as for a GPU, without the interpreter lock, and does on the host what PersonaPlex's does.
 
-    `gpu_s` is a tick of all rows, a fifth of it whoever is in it. A beat in which nobody has a frame costs as much, so that a service without calls can be compared. When each tick
-    began and ended is written to a file at the end: float64 [ticks, 2], seconds of `time.monotonic`. The engine's
-    thread keeps to the processor's core `core`, if one is given.
+    `gpu_s` is a tick of all rows, a fifth of it whoever is in it. A beat in which nobody has a frame costs as much as
+    one in which everybody has, so that a service without calls can be compared. When each tick began and ended is
+    written to a file at the end: float64 [ticks, 2], seconds of `time.monotonic`. The engine's thread keeps to the
+    processor's core `core`, if one is given.
     """
 
     def __init__(self, rows: int, gpu_s: float, note: Path, core: int | None = None) -> None:

@@ -26,8 +26,6 @@ from telephony.playout import LEAD_MS, Playout
 
 OUTBOX_FRAMES = 6
 MARK_EVERY_FRAMES = 5
-AHEAD_OF_BEAT_S = 0.012
-"""A frame should be complete this long before the engine's tick that takes it."""
 _VOICE_PEAK = 0.02
 # A quiet frame begins with the end of the word before it: the line's filter delays by 2.5 ms.
 _TAIL_MS = 5
@@ -69,7 +67,6 @@ class Call:
         self._began_s = self._voice_s = time.monotonic()
         self._line: Line | None = None
         self._transcript = Transcript(self._keep)
-        self._aligned = False
         self._frames_out = 0
         self._answer_due_s: float | None = None
 
@@ -161,11 +158,6 @@ class Call:
 
     def _hear(self, audio: CallerAudio) -> None:
         assert self._line is not None, "the protocol lets no audio come before the start"
-        if not self._aligned:
-            # With this lead before the first packet, each frame completes just before the engine's next tick.
-            until_ms = (self._engine.until_tick_s() - AHEAD_OF_BEAT_S) * 1000
-            self._line.lead_ms = (FRAME_MS - len(audio.ulaw) / BYTES_PER_MS - until_ms) % FRAME_MS
-            self._aligned = True
         self._push(self._line.hear(audio, time.monotonic()))
 
     def _push(self, frames: list[NDArray[np.float32]]) -> None:

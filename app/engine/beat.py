@@ -1,4 +1,4 @@
-"""The beat: when the next tick is due, when there is time for late frames in between, and what being behind means."""
+"""The beat: four ticks in the 80 ms of a frame, when the next one is due, and what being behind means."""
 
 import math
 import time
@@ -7,73 +7,60 @@ from collections import deque
 from app.engine.contract import FRAME_MS
 
 BEAT_S = FRAME_MS / 1000
-LOOKS = 4
-"""Looks for waiting frames in a beat, the tick among them: a frame that missed its tick waits 20 ms, not 80."""
+TICKS = 4
+"""A beat's ticks, 20 ms apart as a carrier's packets are."""
+TICK_S = BEAT_S / TICKS
 BEHIND_TICKS = 3
 BEHIND_WITHIN_S = 2.0
 """So many late ticks within so short a time are no accident: no new call is taken until it has passed."""
 
-_CAUGHT_UP_BEATS = 4
-# Each beat; half of what the longest look took is forgotten after a minute, and longer looks are tried again.
-_FORGET = 0.999
+# Of a tick: what lies so close before a multiple of 20 ms is meant to be it.
+_ROUNDING = 1e-6
 
 
 class Beat:
-    """Ticks on multiples of 80 ms from an epoch, and looks between them.
+    """Ticks on multiples of 20 ms from an epoch. A tick that takes longer is followed at once by the next.
 
-    All frames are aligned to the tick; a look is for the few that missed it, and is taken only if one as long as the
-    longest of the last minute would be over before the next tick is due. Times are seconds of `time.monotonic`, which all processes of a machine share.
-    Engine thread only, but for `until_tick_s` and `behind`.
+    So a call waits for others as little as the GPU allows: few calls are stepped a quarter at a time, and the more time
+    that takes, the more of them a tick finds, down to all of them at once. `docs/performance.md` compares other ways.
+
+    A tick is late when it ends more than a beat after it was due: its calls' next frames are there already. Times are
+    seconds of `time.monotonic`. Engine thread only, but for `behind`.
     """
 
     def __init__(self, epoch_s: float | None = None) -> None:
-        self.epoch_s = time.monotonic() if epoch_s is None else epoch_s
+        self._epoch_s = time.monotonic() if epoch_s is None else epoch_s
         self.late_ticks = 0
         self._late_at_s: deque[float] = deque(maxlen=BEHIND_TICKS)
-        self._look_s = 0.0
-        self._due_s = self.epoch_s
-        self._look = 0
+        self._next = self._beat = 0
+        self.due_s = self._epoch_s
 
     @property
-    def next_s(self) -> float:
-        """When to tick or look next."""
-        return self._due_s + self._look * BEAT_S / LOOKS
-
-    @property
-    def on_tick(self) -> bool:
-        """Whether what comes next is a tick; a look otherwise."""
-        return self._look == 0
-
-    def until_tick_s(self, now_s: float) -> float:
-        """How long until the next tick: more than 0, at most 80 ms."""
-        return BEAT_S - math.fmod(now_s - self.epoch_s, BEAT_S)
+    def on_beat(self) -> bool:
+        """Whether the tick that is due is the beat's first, or the first one since that was passed over."""
+        return self._next >= self._beat
 
     def behind(self, now_s: float) -> bool:
         """Whether ticks have lately been late, more often than by accident."""
         return len(self._late_at_s) == BEHIND_TICKS and now_s - self._late_at_s[0] < BEHIND_WITHIN_S
 
     def begin(self, now_s: float) -> None:
-        """The first tick is the next one due."""
-        self._due_s, self._look = now_s + self.until_tick_s(now_s), 0
+        """The next multiple is the first tick."""
+        self._wait_for(self._index(now_s) + 1, now_s)
 
     def ended(self, began_s: float, now_s: float) -> None:
-        """The tick or look that was due has ended: set what comes next.
-
-        A late tick is followed at once by the next, until the beat is caught up. More than four beats are given up.
-        """
-        if self.on_tick:
-            self._tick_ended(now_s)
-        else:
-            self._look_s = max(self._look_s, now_s - began_s)
-        self._look += 1
-        if self._look == LOOKS or max(now_s, self.next_s) + self._look_s > self._due_s + BEAT_S:
-            self._due_s, self._look = self._due_s + BEAT_S, 0
-            behind = (now_s - self._due_s) / BEAT_S
-            if behind > _CAUGHT_UP_BEATS:
-                self._due_s += math.floor(behind) * BEAT_S
-
-    def _tick_ended(self, now_s: float) -> None:
-        self._look_s *= _FORGET
-        if now_s > self._due_s + BEAT_S:
+        """The tick that was due began and ended: set the next."""
+        if now_s > self.due_s + BEAT_S:
             self.late_ticks += 1
             self._late_at_s.append(now_s)
+        began = self._index(began_s)
+        if self.on_beat:
+            self._beat = (began // TICKS + 1) * TICKS
+        self._wait_for(began + 1, now_s)
+
+    def _wait_for(self, tick: int, now_s: float) -> None:
+        self._next = max(tick, self._index(now_s))
+        self.due_s = max(now_s, self._epoch_s + tick * TICK_S)
+
+    def _index(self, at_s: float) -> int:
+        return math.floor((at_s - self._epoch_s) / TICK_S + _ROUNDING)

@@ -77,7 +77,6 @@ class Warm(NamedTuple):
     """Loaded: the first word of a process that can take calls."""
 
     rows: int
-    epoch_s: float
 
 
 class Words(NamedTuple):
@@ -154,7 +153,7 @@ class EngineChild:
         if not self._warm:
             self._warm = True
             _calm_collector()
-            self._send(Warm(engine.capacity, engine.epoch_s))
+            self._send(Warm(engine.capacity))
         numbers = self._spoken.write([(lease, one.pcm) for lease, one in spoken])
         frames = [(lease.row, lease.ticket, number) for (lease, _), number in zip(spoken, numbers, strict=True)]
         words = {at: found for at, (_, one) in enumerate(spoken) if (found := _words(one)) != SILENT}

@@ -1,4 +1,4 @@
-"""The engine thread: every 80 ms, one frame of each call that has one goes through the runner."""
+"""The engine thread: at every tick, one frame of each call that has one goes through the runner."""
 
 import logging
 import threading
@@ -17,7 +17,10 @@ from app.engine.slots import Lease, SlotTable
 _log = logging.getLogger("personaline.engine")
 
 Deliver = Callable[[Sequence[tuple[Lease, Spoken]]], None]
-"""Called once a tick, on a thread of the engine's, with what each row said: nothing, where nobody spoke."""
+"""Called at each tick at which anybody spoke, on a thread of the engine's, with what each row said.
+
+And once a beat with nothing, when nobody does: a sign of life.
+"""
 
 
 class SpeechEngine(Protocol):
@@ -67,8 +70,6 @@ class SpeechEngine(Protocol):
     def change(self, lease: Lease, role: Role) -> bool: ...
 
     def release(self, lease: Lease) -> None: ...
-
-    def until_tick_s(self) -> float: ...
 
 
 class Slots(Protocol):
@@ -141,11 +142,6 @@ class Engine:
     @property
     def late_ticks(self) -> int:
         return self._beat.late_ticks
-
-    @property
-    def epoch_s(self) -> float:
-        """When the beat began, on the clock of `time.monotonic`."""
-        return self._beat.epoch_s
 
     @property
     def behind(self) -> bool:
@@ -233,10 +229,6 @@ class Engine:
                 self._orders.append(lambda: order() if self._slots.holds(lease) else None)
         return held
 
-    def until_tick_s(self) -> float:
-        """How long until the next beat: a call shifts its framing so that its frames complete just before it."""
-        return self._beat.until_tick_s(time.monotonic())
-
     def run(self) -> None:
         """The engine's whole life, on the thread that calls it: until `stop`, or until it fails."""
         try:
@@ -257,7 +249,7 @@ class Engine:
     def _tick_on_the_beat(self) -> None:
         beat = self._beat
         beat.begin(time.monotonic())
-        while not self._stopping.wait(max(0.0, beat.next_s - time.monotonic())):
+        while not self._stopping.wait(max(0.0, beat.due_s - time.monotonic())):
             began_s = time.monotonic()
             self._tick(began_s)
             beat.ended(began_s, time.monotonic())
@@ -270,9 +262,9 @@ class Engine:
             leases = self._slots.take(self._pcm, self._active)
         for order in orders:
             order()
-        if leases or self._beat.on_tick:
+        if leases or self._beat.on_beat:
             self._deliver(self._step(leases, began_s))
-        if self._beat.on_tick:
+        if self._beat.on_beat:
             self._runner.between()
 
     def _step(self, leases: list[Lease], began_s: float) -> list[tuple[Lease, Spoken]]:

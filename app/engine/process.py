@@ -12,7 +12,6 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from app.engine.beat import Beat
 from app.engine.child import (
     END_WITHIN_S,
     SILENT,
@@ -65,7 +64,6 @@ class EngineProcess:
         self._leasing = threading.Lock()
         self._leases = LeaseTable(rows)
         self._life: _Life | None = None
-        self._beat = Beat()
         self._counted = _NOTHING
         self._late_ticks = self._dropped_frames = 0
         self._ticked_s = 0.0
@@ -162,10 +160,6 @@ class EngineProcess:
             if self._leases.release(lease) and self._life is not None:
                 self._life.order(Release(lease))
 
-    def until_tick_s(self) -> float:
-        """How long until the next beat: a call shifts its framing so that its frames complete just before it."""
-        return self._beat.until_tick_s(time.monotonic())
-
     def _order(self, order: Say | Change) -> bool:
         with self._leasing:
             if self._life is None or not self._leases.holds(order.lease):
@@ -212,10 +206,9 @@ class EngineProcess:
         match report:
             case Ticked():
                 self._tick(report, life)
-            case Warm(rows, epoch_s):
+            case Warm(rows):
                 with self._leasing:
                     self._ticked_s = time.monotonic()
-                    self._beat = Beat(epoch_s)
                     self._leases = LeaseTable(rows, self._leases.given)
                     self._life = life
             case Failed(message, users):
