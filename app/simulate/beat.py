@@ -9,12 +9,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from statistics import fmean, quantiles
 
 from app.engine.beat import BEAT_S, Beat
 
 BEAT_MS = BEAT_S * 1000
+PACKET_MS = 20.0
 AHEAD_MS = 12.0
+"""Where frames are aligned to a tick, the last packet of each is due so long before it, or up to a packet sooner: a
+frame is complete when a packet is."""
 DRIFT = 30e-6
 """By how much the carrier's clock may differ from ours."""
 
@@ -65,15 +69,18 @@ class _Run:
     waits_ms: list[float] = field(default_factory=list)
     busy_ms: float = 0.0
 
-    def step(self, now_ms: float) -> float:
-        """One frame of each call that has one by now. When it is over."""
+    def look(self, now_ms: float) -> list[int]:
+        """The calls that have a frame by now."""
         while self.coming and self.coming[0][0] <= now_ms:
             at_ms, call = self.coming.popleft()
-            inbox = self.waiting.setdefault(call, deque(maxlen=_INBOX_FRAMES))
-            inbox.append(at_ms)
-        cost_ms = self.gpu.tick_ms(len(self.waiting))
+            self.waiting.setdefault(call, deque(maxlen=_INBOX_FRAMES)).append(at_ms)
+        return list(self.waiting)
+
+    def step(self, now_ms: float, calls: Sequence[int]) -> float:
+        """One frame of each of these calls. When it is over."""
+        cost_ms = self.gpu.tick_ms(len(calls))
         self.busy_ms += cost_ms
-        for call in list(self.waiting):
+        for call in calls:
             self.waits_ms.append(now_ms + cost_ms - self.waiting[call].popleft())
             if not self.waiting[call]:
                 del self.waiting[call]
@@ -95,8 +102,9 @@ def frames(phases_ms: Sequence[float], lateness: Lateness, until_ms: float, seed
 
 
 def aligned(calls: int, groups: int = 1) -> list[float]:
-    """Each call's frames complete just before its group's tick."""
-    return [call % groups * BEAT_MS / groups - AHEAD_MS for call in range(calls)]
+    """Each call's frames are complete just before its group's tick, as nearly as whole packets allow."""
+    chance = random.Random(calls)
+    return [call % groups * BEAT_MS / groups - AHEAD_MS - chance.uniform(0, PACKET_MS) for call in range(calls)]
 
 
 def unaligned(calls: int) -> list[float]:
@@ -110,8 +118,8 @@ def play(
 ) -> Outcome:
     """Let the calls' frames come and be stepped in this way.
 
-    Ways: "tick" every 80 ms; "tick 2" or "tick 4" so often in 80 ms; "looks", as the engine does; "ready", whenever the
-    GPU is free and a frame waits.
+    Ways: "1", "2" or "4" ticks of all in 80 ms, at fixed times; "late", one of all, and between them such calls as
+    missed it, if there is time; "engine", as the engine does; "ready", whenever the GPU is free and a frame waits.
     """
     until_ms = seconds * 1000
     run = _Run(frames(phases_ms, lateness, until_ms, seed), gpu)
@@ -121,18 +129,34 @@ def play(
     return Outcome(fmean(run.waits_ms), quantiles(run.waits_ms, n=100)[-1], run.busy_ms / until_ms)
 
 
-def _ticking(run: _Run, ticks: int = 1) -> Iterator[float]:
-    due_ms = now_ms = 0.0
-    while True:
-        yield (now_ms := run.step(max(now_ms, due_ms)))
-        due_ms += BEAT_MS / ticks
+def _ticking(run: _Run, ticks: int) -> Iterator[float]:
+    now_ms = 0.0
+    for number in count():
+        at_ms = max(now_ms, number * BEAT_MS / ticks)
+        yield (now_ms := run.step(at_ms, run.look(at_ms)))
 
 
-def _with_looks(run: _Run) -> Iterator[float]:
+def _with_late_ones(run: _Run) -> Iterator[float]:
+    now_ms = 0.0
+    for number in count():
+        due_ms = number * BEAT_MS
+        at_ms = max(now_ms, due_ms)
+        stepped = run.look(at_ms)
+        now_ms = run.step(at_ms, stepped)
+        for look in range(1, 4):
+            at_ms = max(now_ms, due_ms + look * PACKET_MS)
+            late = [call for call in run.look(at_ms) if call not in stepped or len(run.waiting[call]) > 1]
+            if at_ms + run.gpu.tick_ms(len(late)) <= due_ms + BEAT_MS:
+                now_ms = run.step(at_ms, late) if late else now_ms
+                stepped += late
+        yield now_ms
+
+
+def _as_the_engine_does(run: _Run) -> Iterator[float]:
     beat, now_s = Beat(0.0), 0.0
     while True:
-        began_s = max(now_s, beat.next_s)
-        now_s = run.step(began_s * 1000) / 1000
+        began_s = max(now_s, beat.due_s)
+        now_s = run.step(began_s * 1000, run.look(began_s * 1000)) / 1000
         beat.ended(began_s, now_s)
         yield now_s * 1000
 
@@ -140,15 +164,16 @@ def _with_looks(run: _Run) -> Iterator[float]:
 def _when_ready(run: _Run) -> Iterator[float]:
     now_ms = 0.0
     while run.coming or run.waiting:
-        if not run.waiting:
+        if not run.look(now_ms):
             now_ms = max(now_ms, run.coming[0][0])
-        yield (now_ms := run.step(now_ms))
+        yield (now_ms := run.step(now_ms, run.look(now_ms)))
 
 
 _WAYS: dict[str, Callable[[_Run], Iterator[float]]] = {
-    "tick": _ticking,
-    "tick 2": partial(_ticking, ticks=2),
-    "tick 4": partial(_ticking, ticks=4),
-    "looks": _with_looks,
+    "1": partial(_ticking, ticks=1),
+    "2": partial(_ticking, ticks=2),
+    "4": partial(_ticking, ticks=4),
+    "late": _with_late_ones,
+    "engine": _as_the_engine_does,
     "ready": _when_ready,
 }
