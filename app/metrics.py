@@ -72,12 +72,12 @@ class Metrics:
         self.store_queue = Gauge("personaline_store_queue", "Writes on their way to the database.", registry=r)
         self.tick = Histogram(
             "personaline_engine_tick_seconds",
-            "One step of all rows, in seconds. The beat is 0.08.",
+            "One step of the rows that had a frame, in seconds. The beat is 0.08.",
             buckets=TICK_BUCKETS_S,
             registry=r,
         )
         self.late_ticks = Counter(
-            "personaline_engine_late_ticks", "Ticks that ended after the next one was due.", registry=r
+            "personaline_engine_late_ticks", "Ticks that ended more than 80 ms after they were due.", registry=r
         )
         self.restarts = Counter(
             "personaline_engine_restarts", "Times the engine's process was started again.", registry=r
