@@ -7,7 +7,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,7 +94,11 @@ class Call:
             self._cut_short = len(self._outbox)
         self._outbox.append(spoken)
         if len(self._outbox) > OUTBOX_FRAMES:
-            self._outbox.popleft()
+            lost, then = self._outbox.popleft(), self._outbox[0]
+            # Its sound is lost; that the agent was interrupted, and what the caller said, is not.
+            self._outbox[0] = replace(
+                then, interrupted=then.interrupted or lost.interrupted, heard=lost.heard + then.heard
+            )
             self._cut_short = max(0, self._cut_short - 1)
             self._metrics.outbox_dropped.inc()
         self._spoken.set()

@@ -1,7 +1,6 @@
 """The engine's own process: the very same Engine, told what to do over a pipe and given frames by shared memory."""
 
 import contextlib
-import copy
 import faulthandler
 import gc
 import logging
@@ -202,9 +201,10 @@ class _ToParent(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            told = copy.copy(record)
-            told.msg, told.args = self.format(record), None
-            told.exc_info = told.exc_text = told.stack_info = None
+            # Only what can be sent: a library may hang anything on its records.
+            words = self.format(record)
+            told = logging.LogRecord(record.name, record.levelno, record.pathname, record.lineno, words, None, None)
+            told.created = record.created
             self._send(told)
         except Exception:  # noqa: BLE001 - as every handler of the standard library does
             self.handleError(record)

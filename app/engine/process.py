@@ -197,6 +197,9 @@ class EngineProcess:
                 if isinstance(report, Warm):
                     warm_s = time.monotonic()
                 self._take(report, life)
+        except Exception:  # noqa: BLE001 - the thread's edge: the process is replaced
+            _log.exception("what the engine's process tells cannot be understood")
+            life.give_up()
         finally:
             self._end_calls()
             life.end()
@@ -231,8 +234,10 @@ class EngineProcess:
         with self._leasing:
             self._life = None
             self._leases = LeaseTable(self._leases.capacity, self._leases.given)
-        self._late_ticks, self._dropped_frames = self.late_ticks, self.dropped_frames
+        # Whoever reads in between sees a little less, never more: a counter cannot go back.
+        late, dropped = self.late_ticks, self.dropped_frames
         self._counted = _NOTHING
+        self._late_ticks, self._dropped_frames = late, dropped
 
 
 class _Life:
@@ -286,6 +291,10 @@ class _Life:
             quiet_s = 0.0
             self.warm = self.warm or isinstance(report, Warm)
             yield report
+
+    def give_up(self) -> None:
+        """It shall end by force: nobody listens to it any more."""
+        self._hung = True
 
     def end(self) -> None:
         """Whatever the process is doing, it and all that was shared with it is gone afterwards."""
